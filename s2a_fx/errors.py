@@ -1,0 +1,21 @@
+"""What s2a_fx raises. Every message says what was got, what was wanted, and what to do."""
+
+
+class S2AError(Exception):
+    """Base of every error of this package; the command line prints it and exits with status 2."""
+
+
+class InputError(S2AError, ValueError):
+    """An argument is not usable: a model, its inputs, a recipe's name, a pass's option."""
+
+
+class TraceError(S2AError, RuntimeError):
+    """The model cannot be turned into a graph."""
+
+
+class PassError(S2AError, RuntimeError):
+    """A pass cannot be applied to this graph."""
+
+
+class ShapeError(S2AError, RuntimeError):
+    """A rewritten module got an input of another size than the one it was built for."""

@@ -1,0 +1,131 @@
+"""The residual blocks of a model, found from provenance.
+
+A module is a residual block if
+
+1. its own forward adds to the value that it was entered with something made of that value, `x + f(x)`, where views, identities
+   and the residual adds of inner modules count as x, or
+2. it is of the same class as such a module (a ResNet block whose shortcut is a convolution),
+
+and no module around it is one.
+"""
+
+import operator
+from dataclasses import dataclass
+
+import torch
+from torch import fx, nn
+
+from s2a_fx.analysis.provenance import module_stack, owner_path
+
+_ADDS = (operator.add, operator.iadd, torch.add)
+_VIEW_METHODS = ("view", "reshape", "contiguous", "permute", "transpose", "flatten")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A residual block: its module path, the node it is entered with, its nodes in order, and its output node."""
+
+    path: str
+    entry: fx.Node
+    nodes: tuple[fx.Node, ...]
+    output: fx.Node
+
+
+def residual_blocks(gm: fx.GraphModule) -> tuple[Block, ...]:
+    """The residual blocks in the order in which they run."""
+    members = _members(gm)
+    types = _module_types(gm)
+    adds: dict[fx.Node, fx.Node] = {}
+    residual = set()
+    for path in sorted(members, key=lambda p: -p.count(".")):  # inner modules first: their adds show x to the outer ones
+        found = _residual_adds(gm, path, members[path], adds)
+        adds.update(found)
+        if path and found:
+            residual.add(path)
+    kinds = {types[path] for path in residual}
+    paths = [path for path in members if types.get(path) in kinds]
+    blocks = []
+    for path in paths:
+        if any(path.startswith(outer + ".") for outer in paths):
+            continue
+        entries, outputs = _entries(members[path]), _outputs(members[path])
+        if len(outputs) == 1 and entries:
+            blocks.append(Block(path, entries[0], tuple(members[path]), outputs[0]))
+    return tuple(blocks)
+
+
+def _members(gm: fx.GraphModule) -> dict[str, list[fx.Node]]:
+    members: dict[str, list[fx.Node]] = {}
+    for node in gm.graph.nodes:
+        if node.op in ("placeholder", "output", "get_attr"):
+            continue
+        for path, _ in module_stack(node):
+            if not (node.op == "call_module" and path == node.target):
+                members.setdefault(path, []).append(node)
+    return members
+
+
+def _module_types(gm: fx.GraphModule) -> dict[str, object]:
+    """The types of the modules that were traced through: the graph module keeps them as empty shells, provenance knows."""
+    return {path: kind for node in gm.graph.nodes for path, kind in module_stack(node)}
+
+
+def _tensor_like(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def _entries(nodes: list[fx.Node]) -> list[fx.Node]:
+    inside = set(nodes)
+    found = [
+        operand
+        for node in nodes
+        for operand in node.all_input_nodes
+        if operand not in inside and operand.op != "get_attr" and _tensor_like(operand)
+    ]
+    return list(dict.fromkeys(found))
+
+
+def _outputs(nodes: list[fx.Node]) -> list[fx.Node]:
+    inside = set(nodes)
+    return [n for n in nodes if _tensor_like(n) and any(user not in inside for user in n.users)]
+
+
+def _residual_adds(gm: fx.GraphModule, path: str, nodes: list[fx.Node], inner: dict[fx.Node, fx.Node]) -> dict[fx.Node, fx.Node]:
+    """The adds `x + f(x)` in the module's own forward, each with its x; `inner` are those of the modules within."""
+    entries = set(_entries(nodes))
+    found: dict[fx.Node, fx.Node] = {}
+    for node in nodes:
+        is_add = node.target in _ADDS or (node.op == "call_method" and node.target in ("add", "add_"))
+        operands = node.all_input_nodes
+        if not is_add or owner_path(node) != path or len(operands) != 2:
+            continue
+        for x, other in (operands, operands[::-1]):
+            if _origin(gm, x, inner | found) in entries and _depends_on(other, entries, set(nodes)):
+                found[node] = x
+    return found
+
+
+def _origin(gm: fx.GraphModule, node: fx.Node, adds: dict[fx.Node, fx.Node]) -> fx.Node:
+    """Follow identities, views and residual adds back to the value that they show."""
+    while True:
+        identity = node.op == "call_module" and isinstance(gm.get_submodule(str(node.target)), nn.Identity)
+        view = node.op == "call_method" and node.target in _VIEW_METHODS
+        if node in adds:
+            node = adds[node]
+        elif identity or view:
+            node = node.all_input_nodes[0]
+        else:
+            return node
+
+
+def _depends_on(node: fx.Node, entries: set[fx.Node], inside: set[fx.Node]) -> bool:
+    stack, seen = [node], {node}
+    while stack:
+        current = stack.pop()
+        if current in entries:
+            return True
+        for operand in current.all_input_nodes:
+            if operand not in seen and (operand in inside or operand in entries):
+                seen.add(operand)
+                stack.append(operand)
+    return False

@@ -1,0 +1,80 @@
+"""Bytes that oneDNN allocates and frees inside a 2-D convolution on the CPU.
+
+oneDNN works on blocked copies of a convolution's operands; no dispatcher sees them, so an analysis on fake tensors must add
+them. The rules below were measured with torch.profiler's memory events on an AVX-512 machine (benchmarks/convolution_scratch.py
+holds prediction against measurement for the convolutions of the usual backbones):
+
+1. contiguous operands are copied to a blocked layout and the result is copied back, inputs of fewer than 16 channels apart;
+2. channels-last operands stay where they are, only the weight is copied (twice where the kernel is larger than 1x1);
+3. the weight's gradient of a channels-last depthwise convolution with a kernel above 3x3 is computed in a layout that pads each
+   1x1 group to a whole vector block, 16x16 for AVX-512: 256 times the weight;
+4. a bias that trains makes the backward compute the weight's gradient even if the weight is frozen.
+"""
+
+from typing import Any
+
+import torch
+
+aten = torch.ops.aten
+
+
+def onednn_scratch(func: Any, args: tuple[Any, ...], result: Any) -> int:
+    """Bytes above operands and results at the worst moment inside `func(*args)`; 0 for all but 2-D convolutions."""
+    if func is aten.convolution.default:
+        return _forward(args[0], args[1], result, groups=args[8])
+    if func is aten.convolution_backward.default:
+        grad, x, weight = args[:3]
+        return _backward(grad, x, weight, strided=max(args[4]) > 1, groups=args[9], mask=args[10])
+    return 0
+
+
+def _forward(x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor, groups: int) -> int:
+    if x.ndim != 4:
+        return 0
+    w = _bytes(weight)
+    if _channels_last(x, weight):
+        return w * _weight_copies(weight, groups)
+    return max(_blocked(x) + w, _bytes(y))  # (1)
+
+
+def _backward(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, strided: bool, groups: int, mask: tuple[bool, bool, bool]
+) -> int:
+    if x.ndim != 4:
+        return 0
+    w, go = _bytes(weight), _bytes(grad)
+    needs_x, needs_weight, needs_bias = mask
+    computes_weight = needs_weight or needs_bias
+    unasked = w if needs_bias and not needs_weight else 0  # (4)
+    depthwise = groups > 1 and groups == x.shape[1] == weight.shape[0]
+    large = max(weight.shape[2:]) > 3
+    if _channels_last(x, weight):
+        copies = w * _weight_copies(weight, groups)
+        if computes_weight:
+            copies += w * _vector_block() ** 2 if depthwise and large else w  # (2), (3)
+        return copies + unasked + (0 if _channels_last(grad) else go)
+    gradient_of_x = max(go + w, _bytes(x) * (2 if strided else 1)) if needs_x else 0
+    if not computes_weight:
+        return gradient_of_x
+    reordered = go if depthwise and large else go + _blocked(x)
+    return max(reordered, w, gradient_of_x - w) + unasked + (go if _channels_last(grad) else 0)
+
+
+def _weight_copies(weight: torch.Tensor, groups: int) -> int:
+    return 2 if groups == 1 and max(weight.shape[2:]) > 1 else 1
+
+
+def _vector_block() -> int:
+    return 16 if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else 8
+
+
+def _blocked(x: torch.Tensor) -> int:
+    return _bytes(x) if x.shape[1] >= 16 else 0
+
+
+def _channels_last(*tensors: torch.Tensor) -> bool:
+    return any(t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous() for t in tensors)
+
+
+def _bytes(t: torch.Tensor) -> int:
+    return t.numel() * t.element_size()

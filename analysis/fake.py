@@ -1,0 +1,46 @@
+"""Modules and inputs whose tensors have a shape, a dtype and a storage of the right size, and no memory behind them."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+
+def fake_mode() -> FakeTensorMode:
+    """A fresh mode. Tensors hidden in plain attributes stay real: `allow_non_fake_inputs`."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def fake_tensor(tensor: torch.Tensor, mode: FakeTensorMode, batch_size: int | None = None) -> torch.Tensor:
+    """A fake CPU tensor of the same shape, strides and dtype, whatever `tensor` is: real, meta, or fake under another mode.
+
+    With `batch_size`, the first dimension is replaced and the result is contiguous.
+    """
+    with mode:
+        if batch_size is None:
+            fake = torch.empty_strided(tuple(tensor.shape), tensor.stride(), dtype=tensor.dtype, device="cpu")
+        else:
+            fake = torch.empty(batch_size, *tensor.shape[1:], dtype=tensor.dtype, device="cpu")
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(fake, requires_grad=tensor.requires_grad)
+    return fake.requires_grad_(tensor.requires_grad)
+
+
+def fake_modules(gm: fx.GraphModule, mode: FakeTensorMode) -> nn.Module:
+    """The modules of a graph module, without the graph, their parameters and buffers faked; tied tensors stay tied."""
+    memo: dict[int, Any] = {id(t): fake_tensor(t, mode) for t in [*gm.parameters(), *gm.buffers()]}
+    root = nn.Module()
+    for name, child in gm.named_children():
+        root.add_module(name, copy.deepcopy(child, memo))
+    for name, parameter in gm.named_parameters(recurse=False):
+        root.register_parameter(name, memo[id(parameter)])
+    for name, buffer in gm.named_buffers(recurse=False):
+        root.register_buffer(name, memo[id(buffer)])
+    return root
+
+
+def traced_inputs(gm: fx.GraphModule) -> tuple[torch.Tensor, ...]:
+    """The fake inputs that the graph's shapes were computed from."""
+    return tuple(node.meta["val"] for node in gm.graph.nodes if node.op == "placeholder")

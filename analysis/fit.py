@@ -1,0 +1,46 @@
+"""The largest batch whose training step fits a budget of bytes."""
+
+from collections.abc import Callable
+
+from torch import fx
+
+from s2a_fx.analysis.peak import peak, timeline
+from s2a_fx.analysis.simulation import simulate
+
+
+def largest_batch(gm: fx.GraphModule, budget: int, limit: int = 65536, **options: object) -> int:
+    """The largest batch size up to `limit` whose step peaks at no more than `budget` bytes; 0 if not even one image fits.
+
+    Args:
+        gm: a traced graph.
+        options: `device`, `optimizer` and `loss`, as in `simulate`.
+    """
+
+    def peak_at(batch: int) -> int:
+        return peak(timeline(gm, simulate(gm, batch_size=batch, **options))).bytes  # type: ignore[arg-type]
+
+    return _largest(peak_at, budget, limit)
+
+
+def _largest(peak_at: Callable[[int], int], budget: int, limit: int) -> int:
+    """Close in on the budget along straight lines: a peak is the maximum of lines in the batch, so few steps are needed."""
+    low, low_peak = 1, peak_at(1)
+    if low_peak > budget:
+        return 0
+    high, high_peak = 2, peak_at(2)
+    while high_peak <= budget and high < limit:
+        slope = max(high_peak - low_peak, 1) / (high - low)
+        low, low_peak = high, high_peak
+        high = min(max(int(low + (budget - low_peak) / slope) + 1, low + 1), limit)
+        high_peak = peak_at(high)
+    if high_peak <= budget:
+        return high
+    while high - low > 1:
+        guess = low + int((budget - low_peak) * (high - low) / (high_peak - low_peak))
+        middle = min(max(guess, low + 1), high - 1)
+        middle_peak = peak_at(middle)
+        if middle_peak <= budget:
+            low, low_peak = middle, middle_peak
+        else:
+            high, high_peak = middle, middle_peak
+    return low

@@ -1,0 +1,55 @@
+"""The classification heads of a model: the linear layers that its output comes from."""
+
+import operator
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+_PASSES_THROUGH = (nn.Identity, nn.Dropout, nn.Flatten)
+_COMBINES = (operator.add, operator.truediv, operator.mul, operator.getitem, torch.add, torch.flatten, F.dropout)
+_METHODS = ("flatten", "view", "reshape", "squeeze", "add", "div")
+
+
+def classification_heads(gm: fx.GraphModule) -> tuple[fx.Node, ...]:
+    """The layers (B, C) -> (B, classes), `nn.Linear` or 1x1 convolutions, that the output is made of without a further layer.
+
+    Several for models that average heads (distilled transformers); none for a feature extractor.
+    """
+    (output,) = [n for n in gm.graph.nodes if n.op == "output"]
+    heads: list[fx.Node] = []
+    seen: set[fx.Node] = set()
+    stack = list(output.all_input_nodes)
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if _is_head(gm, node):
+            heads.append(node)
+        elif _is_transparent(gm, node):
+            stack += node.all_input_nodes
+        elif node.op != "get_attr":
+            return ()
+    return tuple(sorted(heads, key=lambda n: n.name))
+
+
+def head_paths(gm: fx.GraphModule) -> tuple[str, ...]:
+    """The module paths of the classification heads."""
+    return tuple(dict.fromkeys(str(node.target) for node in classification_heads(gm)))
+
+
+def _is_head(gm: fx.GraphModule, node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    if node.op != "call_module" or not isinstance(value, torch.Tensor):
+        return False
+    module = gm.get_submodule(str(node.target))
+    if isinstance(module, nn.Linear):
+        return value.ndim == 2
+    return isinstance(module, nn.Conv2d) and tuple(value.shape[2:]) == (1, 1)
+
+
+def _is_transparent(gm: fx.GraphModule, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        return isinstance(gm.get_submodule(str(node.target)), _PASSES_THROUGH)
+    return node.target in _COMBINES if node.op == "call_function" else node.target in _METHODS

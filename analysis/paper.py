@@ -1,0 +1,106 @@
+"""The paper's accounting of training memory: a count over leaf modules, not what autograd keeps.
+
+Counted, each in 4-byte elements at the traced batch size:
+
+1. all parameters, once, trained or not;
+2. the input of every linear, convolution and normalization layer whose weight trains, eq. (2);
+3. the input of every GELU, SiLU and ReLU and the map of every softmax through which a gradient flows, eq. (7) to (12); of a
+   quantized one, `bits` instead of 32 bits an element.
+
+The paper leaves out: q, k and v of the attention's products; what a frozen normalization or convolution keeps; the side branch's
+normalization and activation; the low-rank prompt; gradients, optimizer state and temporaries. The `saved` and `peak` figures
+of a report leave nothing out.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+from s2a_fx.analysis.non_parametric import non_parametric
+from s2a_fx.analysis.provenance import module_stack
+from s2a_fx.nn.lite_side_branch import LiteSideBlock
+from s2a_fx.nn.quantized import (
+    QuantizedAttention,
+    QuantizedGELU,
+    QuantizedReLU,
+    QuantizedSiLU,
+    QuantizedSoftmax,
+    QuantizedSoftmaxMatmul,
+)
+
+_PARAMETRIC_MODULES = (nn.Linear, _ConvNd, nn.LayerNorm, nn.GroupNorm, _BatchNorm)
+_PARAMETRIC_FUNCTIONS = (F.linear, F.conv2d, F.layer_norm, F.group_norm, F.batch_norm)
+
+
+def paper_bytes(gm: fx.GraphModule) -> int:
+    """Training memory of `gm` in bytes, as the paper counts it."""
+    flows = _gradient_flows(gm)
+    total = sum(p.numel() for p in gm.parameters()) * 32
+    for node in gm.graph.nodes:
+        if _trains_its_weight(gm, node) and not _normalizes_side_branch(gm, node):
+            total += _elements(node.all_input_nodes[0]) * 32
+        elif node in flows and not _in_side_branch(node):
+            total += _kept_bits(gm, node)
+    return total // 8
+
+
+def _gradient_flows(gm: fx.GraphModule) -> set[fx.Node]:
+    """The nodes whose operands need a gradient: something trained lies above them."""
+    trained = {name for name, p in gm.named_parameters() if p.requires_grad}
+    below: set[fx.Node] = set()
+    entered: set[fx.Node] = set()
+    for node in gm.graph.nodes:
+        if any(operand in below for operand in node.all_input_nodes):
+            entered.add(node)
+        own = node.op == "get_attr" and node.target in trained
+        called = node.op == "call_module" and any(p.requires_grad for p in gm.get_submodule(str(node.target)).parameters())
+        if own or called or node in entered:
+            below.add(node)
+    return entered
+
+
+def _trains_its_weight(gm: fx.GraphModule, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        module: Any = gm.get_submodule(str(node.target))
+        return isinstance(module, _PARAMETRIC_MODULES) and module.weight is not None and module.weight.requires_grad
+    if node.op != "call_function" or node.target not in _PARAMETRIC_FUNCTIONS:
+        return False
+    names = [str(operand.target) for operand in node.all_input_nodes[1:] if operand.op == "get_attr"]
+    return any(name.endswith("weight") and gm.get_parameter(name).requires_grad for name in names)
+
+
+def _in_side_branch(node: fx.Node) -> bool:
+    return any(kind is LiteSideBlock for _, kind in module_stack(node))
+
+
+def _normalizes_side_branch(gm: fx.GraphModule, node: fx.Node) -> bool:
+    return _in_side_branch(node) and not isinstance(gm.get_submodule(str(node.target)), _ConvNd)
+
+
+def _kept_bits(gm: fx.GraphModule, node: fx.Node) -> int:
+    layer = non_parametric(gm, node)
+    if layer is not None:
+        if layer.kind == "attention":
+            return _map_elements(*layer.operands[:2]) * 32
+        return _elements(layer.operands[0]) * 32
+    module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+    if isinstance(module, QuantizedReLU):
+        return _elements(node)
+    if isinstance(module, QuantizedAttention):
+        return _map_elements(*node.all_input_nodes[:2]) * module.bits
+    if isinstance(module, (QuantizedGELU, QuantizedSiLU, QuantizedSoftmax, QuantizedSoftmaxMatmul)):
+        return _elements(node.all_input_nodes[0]) * module.bits
+    return 0
+
+
+def _elements(node: fx.Node) -> int:
+    value = node.meta["val"]
+    return value.numel() if isinstance(value, torch.Tensor) else 0
+
+
+def _map_elements(query: fx.Node, key: fx.Node) -> int:
+    return query.meta["val"].shape[:-1].numel() * key.meta["val"].shape[-2]

@@ -1,0 +1,24 @@
+"""Which module a node comes from."""
+
+from torch import fx, nn
+
+
+def module_stack(node: fx.Node) -> list[tuple[str, type[nn.Module] | str]]:
+    """The modules around a node, outermost first, as (path, type)."""
+    return list(node.meta.get("nn_module_stack", {}).values())
+
+
+def module_path(node: fx.Node) -> str:
+    """The innermost module of a node; for a `call_module` node, the called one."""
+    if node.op == "call_module":
+        return str(node.target)
+    stack = module_stack(node)
+    return stack[-1][0] if stack else ""
+
+
+def owner_path(node: fx.Node) -> str:
+    """The module whose forward emitted the node; for a `call_module` node, the caller."""
+    stack = module_stack(node)
+    if node.op == "call_module" and stack and stack[-1][0] == node.target:
+        stack = stack[:-1]
+    return stack[-1][0] if stack else ""

@@ -1,0 +1,62 @@
+"""Shapes and dtypes of every node, from fake tensors."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from s2a_fx.analysis.fake import fake_mode, fake_tensor, traced_inputs
+
+
+def propagate(gm: fx.GraphModule, inputs: Sequence[torch.Tensor] | None = None) -> None:
+    """Write `node.meta["val"]`, a fake tensor or a structure of them, on the nodes of `gm`.
+
+    Args:
+        gm: the graph, its weights real, fake or meta.
+        inputs: example inputs, from which all nodes are computed. Left out, only nodes without a value are: those which a pass has
+            just inserted. A pass that changes the shape of a node deletes the value of that node and of those below.
+    """
+    if inputs is not None:
+        mode = fake_mode()
+        given = iter(inputs)
+        for node in gm.graph.nodes:
+            node.meta.pop("val", None)
+            if node.op == "placeholder":
+                node.meta["val"] = fake_tensor(next(given), mode)
+    else:
+        mode = traced_inputs(gm)[0].fake_mode  # type: ignore[attr-defined]
+    faked: dict[int, Any] = {}  # parameters already faked; also what deepcopy must not copy
+    with mode, torch.no_grad():
+        for node in gm.graph.nodes:
+            if "val" not in node.meta:
+                node.meta["val"] = _value(gm, node, mode, faked)
+
+
+def _value(gm: fx.GraphModule, node: fx.Node, mode: FakeTensorMode, faked: dict[int, Any]) -> Any:
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda operand: operand.meta["val"])
+    target: Any = node.target
+    if node.op == "output":
+        return args[0]
+    if node.op == "get_attr":
+        return _fake_attribute(gm, target, mode, faked)
+    if node.op == "call_method":
+        return getattr(args[0], target)(*args[1:], **kwargs)
+    if node.op == "call_module":
+        module = gm.get_submodule(target)
+        for tensor in [*module.parameters(), *module.buffers()]:
+            if id(tensor) not in faked:
+                faked[id(tensor)] = fake_tensor(tensor, mode)
+        return copy.deepcopy(module, faked)(*args, **kwargs)
+    return target(*args, **kwargs)
+
+
+def _fake_attribute(gm: fx.GraphModule, target: str, mode: FakeTensorMode, faked: dict[int, Any]) -> Any:
+    value: Any = gm
+    for name in target.split("."):
+        value = getattr(value, name)
+    if isinstance(value, torch.Tensor):
+        return faked.setdefault(id(value), fake_tensor(value, mode))
+    return value

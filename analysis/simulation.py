@@ -1,0 +1,323 @@
+"""One training step on fake tensors, written down: every storage, who keeps it, and when it lives.
+
+Autograd itself is the oracle. The graph runs node by node; `saved_tensors_hooks` see what each node makes autograd keep, a
+dispatch mode sees every allocation, weak references see every release. No table of "what operator X saves" is needed.
+
+`simulate` only records. What the record means is told by `saved.py` (what is kept) and `peak.py` (the timeline).
+"""
+
+import functools
+import re
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from s2a_fx.analysis.device import CPU, DeviceModel
+from s2a_fx.analysis.fake import fake_mode, fake_modules, fake_tensor, traced_inputs
+from s2a_fx.analysis.loss import default_loss, describe_loss
+from s2a_fx.analysis.optimizer import make_optimizer, stand_ins
+from s2a_fx.ops import KERNELS, SAVED
+
+_NODE = "s2a_fx.node"
+
+
+class Place(NamedTuple):
+    """Where in the step something happens: `phase` is forward, loss, backward or optimizer; `node` a graph node or empty."""
+
+    phase: str
+    node: str
+    op: str
+
+
+class Event(NamedTuple):
+    """`bytes` more (or, negative, fewer) live in `storage` from here on."""
+
+    storage: int
+    bytes: int
+    place: Place
+
+
+@dataclass
+class StorageRecord:
+    """A block of memory. `kind`: parameter, buffer, input, gradient, optimizer, saved or temporary."""
+
+    bytes: int
+    kind: str
+    made: Place
+    last_read: str = ""  # the last node of the forward that takes it as an operand
+
+
+@dataclass(frozen=True)
+class SaveRecord:
+    """Autograd keeps a view of `storage` for the backward of `node`."""
+
+    storage: int
+    node: str
+    operand: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    order: int
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """A simulated step: `saves` are those alive when the forward ends."""
+
+    storages: tuple[StorageRecord, ...]
+    saves: tuple[SaveRecord, ...]
+    events: tuple[Event, ...]
+    assumptions: tuple[str, ...]
+
+
+def simulate(
+    gm: fx.GraphModule,
+    *,
+    device: DeviceModel = CPU,
+    loss: Callable[[Any], torch.Tensor] | None = None,
+    optimizer: str | Callable[..., torch.optim.Optimizer] | None = "adamw",
+    batch_size: int | None = None,
+    forward_only: bool = False,
+) -> StepRecord:
+    """Run a training step of `gm` on fake tensors; nothing is allocated and `gm` is left as it was.
+
+    The step is one of many: optimizer state is there from the start, gradients are none (`zero_grad(set_to_none=True)`).
+
+    Args:
+        gm: a traced graph; the example inputs it was traced with give the shapes.
+        device: whose kernels and allocator to model.
+        loss: from the model's output to a scalar; left out, cross-entropy for (batch, classes), the mean otherwise.
+        optimizer: `adamw`, `adam`, `sgd`, a function from parameters to an optimizer, or None for no optimizer.
+        batch_size: replaces the first dimension of the example inputs.
+        forward_only: stop when the forward ends: enough to know what is kept.
+    """
+    mode = fake_mode()
+    model = fake_modules(gm, mode)
+    inputs = tuple(fake_tensor(t, mode, batch_size) for t in traced_inputs(gm))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    ledger = _Ledger(device)
+    with mode, device.functions():
+        stepped = stand_ins(optimizer, trained, device.foreach)
+        steps = None if forward_only or not trained else make_optimizer(optimizer, list(stepped), device.foreach)
+        ledger.own(model.parameters(), "parameter")
+        ledger.own(model.buffers(), "buffer")
+        ledger.own(inputs, "input")
+        with ledger:
+            keeper = _Keeper(ledger)
+            with torch.autograd.graph.saved_tensors_hooks(keeper.pack, keeper.unpack):
+                output = _Runner(model, gm.graph, ledger, keeper).run(*inputs)
+                saves = keeper.alive()
+                if not forward_only:
+                    ledger.enter("loss", "")
+                    value = (loss or default_loss)(output)
+                    keeper.label([value], "loss")
+            if not forward_only:
+                described = describe_loss(output) if loss is None else "loss: the given function"
+                del output
+                if value.requires_grad:
+                    ledger.enter("backward", "")
+                    value.backward()
+                    ledger.claim((p.grad for p in trained if p.grad is not None), "gradient")
+                del value
+                if steps is not None:
+                    ledger.enter("optimizer", "")
+                    steps.step()
+                    for parameter, count in stepped.items():
+                        ledger.claim_state(steps.state[parameter].values(), count)
+    ledger.close()
+    assumptions = device.assumptions if forward_only else (*device.assumptions, described)
+    return StepRecord(tuple(ledger.storages), saves, _in_steady_state(ledger), assumptions)
+
+
+def _in_steady_state(ledger: "_Ledger") -> tuple[Event, ...]:
+    """The events of a later step: the optimizer's state, made at the end of the simulated first step, is there from the start."""
+    state = [e for e in ledger.events if ledger.storages[e.storage].kind == "optimizer"]
+    rest = [e for e in ledger.events if ledger.storages[e.storage].kind != "optimizer"]
+    return (*(e._replace(place=Place("forward", "", "")) for e in state), *rest)
+
+
+@functools.cache
+def _short_name(operator: Any) -> str:
+    return str(operator._schema.name).rpartition("::")[2]
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+class _Ledger(TorchDispatchMode):
+    """Writes down every storage that comes and goes."""
+
+    def __init__(self, device: DeviceModel) -> None:
+        super().__init__()
+        self.device = device
+        self.storages: list[StorageRecord] = []
+        self.events: list[Event] = []
+        self.live: dict[int, int] = {}  # storage pointer -> index
+        self.place = Place("forward", "", "")
+        self.closed = False
+
+    def enter(self, phase: str, node: str) -> None:
+        self.place = Place(phase, node, "")
+
+    def own(self, tensors: Iterable[torch.Tensor], kind: str) -> None:
+        for tensor in tensors:
+            self.index_of(tensor, kind)
+
+    def claim(self, tensors: Iterable[torch.Tensor], kind: str) -> None:
+        """Say what storages, first seen as temporaries, turned out to be."""
+        for tensor in tensors:
+            record = self.storages[self.index_of(tensor)]
+            if record.kind in ("temporary", "saved"):
+                record.kind = kind
+
+    def claim_state(self, values: Iterable[Any], count: int) -> None:
+        """An optimizer's state for one parameter, which stands for `count` parameters like it."""
+        tensors = [t for t in values if isinstance(t, torch.Tensor)]
+        self.claim(tensors, "optimizer")
+        for tensor in tensors * (count - 1):
+            self._open(self.storages[self.index_of(tensor)].bytes, "optimizer")
+
+    def index_of(self, tensor: torch.Tensor, kind: str = "temporary") -> int:
+        storage = tensor.untyped_storage()
+        pointer = storage._cdata
+        if pointer not in self.live:
+            index = self._open(self.device.allocated(storage.nbytes()), kind)
+            self.live[pointer] = index
+            weakref.finalize(storage, self._release, pointer)
+        return self.live[pointer]
+
+    def _open(self, nbytes: int, kind: str) -> int:
+        self.storages.append(StorageRecord(nbytes, kind, self.place))
+        self.events.append(Event(len(self.storages) - 1, nbytes, self.place))
+        return len(self.storages) - 1
+
+    def _release(self, pointer: int) -> None:
+        index = self.live.pop(pointer)
+        if not self.closed:
+            self.events.append(Event(index, -self.storages[index].bytes, self.place))
+
+    def close(self) -> None:
+        """What is released from here on belongs to the simulation's own end."""
+        self.closed = True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        self.place = Place(self.place.phase, self._node(), _short_name(func))
+        if func in KERNELS:  # run the op's own lines, so that their temporaries are seen
+            with self:
+                return KERNELS[func](*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        for tensor in _tensors(result):
+            self.index_of(tensor)
+        scratch = self.device.scratch(func, args, result)
+        if scratch:
+            index = self._open(scratch, "temporary")
+            self.events.append(Event(index, -scratch, self.place))
+        return result
+
+    def _node(self) -> str:
+        """In the backward, the graph node whose gradient is being computed."""
+        if self.place.phase != "backward":
+            return self.place.node
+        running: Any = torch._C._current_autograd_node()
+        if running is None:
+            return self.place.node
+        return str(running.metadata.get(_NODE, self.place.node))
+
+
+@dataclass(eq=False)
+class _Token:
+    """Stands for one tensor that autograd keeps; dies when autograd lets go of it."""
+
+    tensor: torch.Tensor
+    storage: int
+    node: str
+    order: int
+    operand: str = field(default="")
+
+
+class _Keeper:
+    """The saved-tensor hooks, and the names of what they saw."""
+
+    def __init__(self, ledger: _Ledger) -> None:
+        self.ledger = ledger
+        self.tokens: weakref.WeakSet[_Token] = weakref.WeakSet()
+        self.order = 0
+        self.naming: list[str] | None = None  # names for the tensors that are unpacked next
+        self.attributes: dict[str, list[str]] = {}
+
+    def pack(self, tensor: torch.Tensor) -> _Token:
+        storage = self.ledger.index_of(tensor)
+        record = self.ledger.storages[storage]
+        if record.kind == "temporary":
+            record.kind = "saved"
+        self.order += 1
+        token = _Token(tensor, storage, self.ledger.place.node, self.order)
+        self.tokens.add(token)
+        return token
+
+    def unpack(self, token: _Token) -> torch.Tensor:
+        if self.naming is not None:
+            name = self.naming.pop(0) if len(self.naming) > 1 else self.naming[0]
+            token.operand = token.operand or name
+        return token.tensor
+
+    def label(self, values: Iterable[torch.Tensor], node: str) -> None:
+        """Mark the autograd nodes that a graph node made, and name what they keep by reading their `_saved_*` attributes."""
+        stack: list[Any] = [v.grad_fn for v in values if v.grad_fn is not None]
+        while stack:
+            function = stack.pop()
+            if function is None or _NODE in function.metadata:
+                continue
+            function.metadata[_NODE] = node
+            for attribute in self._saved_attributes(function):
+                self.naming = _operand_names(type(function).__name__, attribute)
+                getattr(function, attribute)
+            self.naming = None
+            stack += [f for f, _ in function.next_functions if f is not None and type(f).__name__ != "AccumulateGrad"]
+
+    def _saved_attributes(self, function: Any) -> list[str]:
+        name = type(function).__name__
+        if name not in self.attributes:
+            self.attributes[name] = [a for a in dir(function) if a.startswith("_saved_") or a == "saved_tensors"]
+        return self.attributes[name]
+
+    def alive(self) -> tuple[SaveRecord, ...]:
+        tokens = sorted(self.tokens, key=lambda t: t.order)
+        return tuple(
+            SaveRecord(t.storage, t.node, t.operand or "saved", tuple(t.tensor.shape), t.tensor.dtype, t.order) for t in tokens
+        )
+
+
+def _operand_names(function: str, attribute: str) -> list[str]:
+    """What to call the tensors behind an attribute: `GeluBackward0.self`, or an operator of this package and its own words."""
+    custom = re.fullmatch(r"GeneratedBackwardFor_s2a_fx_(\w+)_defaultBackward", function)
+    if custom and attribute == "saved_tensors":
+        return [f"{custom[1]}.{name}" for name in SAVED[custom[1]]]
+    return [f"{function}.{attribute.removeprefix('_saved_')}"]
+
+
+class _Runner(fx.Interpreter):
+    """Runs the graph, telling ledger and keeper which node is at work."""
+
+    def __init__(self, model: torch.nn.Module, graph: fx.Graph, ledger: _Ledger, keeper: _Keeper) -> None:
+        super().__init__(model, graph=graph)
+        self.extra_traceback = False
+        self.ledger = ledger
+        self.keeper = keeper
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.ledger.enter("forward", n.name)
+        for operand in n.all_input_nodes:
+            for tensor in _tensors(self.env[operand]):
+                self.ledger.storages[self.ledger.index_of(tensor)].last_read = n.name
+        result = super().run_node(n)
+        self.keeper.label(_tensors(result), n.name)
+        return result

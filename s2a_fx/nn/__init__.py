@@ -1,0 +1,1 @@
+"""The modules that passes insert into a graph."""

@@ -1,0 +1,64 @@
+"""Low-Rank Prompt: add a learnable matrix of low rank to a feature; the paper's equations (3) and (4)."""
+
+from typing import Literal
+
+import torch
+from torch import nn
+
+from s2a_fx.errors import ShapeError
+
+
+class LowRankPrompt(nn.Module):
+    """`y = x + A B`, eq. (3), with A (N, r) zero and B (r, C) normal at the start: at first `y = x`.
+
+    Its gradients need A, B and the gradient of y alone, eq. (4): no activation is kept.
+
+    Args:
+        name: of the place it stands at, for errors.
+        order: `BNC` for tokens, `BHWC` or `BCHW` for maps.
+        grid: the positions: (N,) for tokens, (H, W) for maps; A has one row for each.
+        channels: C.
+        rank: r.
+        std: of B's entries.
+        device, dtype: of A and B.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        order: Literal["BNC", "BHWC", "BCHW"],
+        grid: tuple[int, ...],
+        channels: int,
+        rank: int,
+        std: float = 0.02,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.name, self.order, self.grid, self.channels = name, order, grid, channels
+        positions = 1
+        for side in grid:
+            positions *= side
+        self.A = nn.Parameter(torch.zeros(positions, rank, device=device, dtype=dtype))
+        self.B = nn.Parameter(torch.empty(rank, channels, device=device, dtype=dtype).normal_(std=std))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """From (B, N, C), (B, H, W, C) or (B, C, H, W) to the same shape."""
+        prompt = torch.matmul(self.A, self.B).unflatten(0, self.grid)
+        if self.order == "BCHW":
+            prompt = prompt.permute(2, 0, 1)
+        if x.shape[1:] != prompt.shape:
+            raise ShapeError(
+                f"{self.name}: prompt was built for {self._say(prompt.shape)}, got {self._say(x.shape[1:])}; "
+                "call transform() with inputs of the size you train on."
+            )
+        return x + prompt
+
+    def _say(self, shape: torch.Size) -> str:
+        if self.order == "BNC" and len(shape) == 2:
+            tokens = f"{shape[0]} tokens"
+            return tokens if shape[1] == self.channels else f"{tokens} of {shape[1]} channels"
+        return "a map of shape " + "x".join(str(side) for side in shape)
+
+    def extra_repr(self) -> str:
+        return f"{self.order}, grid={self.grid}, channels={self.channels}, rank={self.A.shape[1]}"

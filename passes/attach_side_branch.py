@@ -1,0 +1,137 @@
+"""Attach a Lite Side Branch that reads every residual block (paper, eq. 5 and 6).
+
+    before  x_i = block_i(x_{i-1});  head(feature)
+    after   y_i = PW(DW(PW(CAP(x_i) + y_{i-1})));  head(feature, pool(y_last))
+
+1. CAP shrinks a block's output C -> C / reduction without a parameter, and keeps nothing.
+2. Where stages change resolution or width, a 2x2 convolution of stride 2 carries y along.
+3. The head reads C + C / r features. The columns for the backbone's features are the old head's; the new ones start at 0, so that
+   the logits are at first the model's own.
+
+Leaves alone: a block whose output is neither tokens nor a map with known channels.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from s2a_fx.analysis.blocks import residual_blocks
+from s2a_fx.analysis.head import classification_heads
+from s2a_fx.analysis.layout import Layout, layout_of
+from s2a_fx.analysis.notes import add_note
+from s2a_fx.errors import InputError, PassError
+from s2a_fx.nn.channel_average_pool import ChannelAveragePool
+from s2a_fx.nn.lite_side_branch import LiteSideBlock, SideTransition
+from s2a_fx.passes.base import Pass, a_weight, building_like, call_inserted, require_positive
+
+
+@dataclass(frozen=True)
+class AttachSideBranch(Pass):
+    """Attach the side branch and widen the classification head.
+
+    Args:
+        reduction: r of eq. (5), by which the channels shrink; the paper takes 8. Must divide the channels of every block.
+    """
+
+    reduction: int = 8
+
+    def __post_init__(self) -> None:
+        require_positive(self, reduction=self.reduction)
+
+    def rewrite(self, gm: fx.GraphModule) -> bool:
+        heads = classification_heads(gm)
+        if not heads:
+            raise PassError(
+                "AttachSideBranch: the model has no classification head to join (no linear layer from features to classes "
+                "makes its output). Build it with num_classes > 0."
+            )
+        taps = self._taps(gm)
+        if not taps:
+            raise PassError("AttachSideBranch: found no residual block with a known layout; there is nothing to read.")
+        with building_like(a_weight(gm)) as factory:
+            side, channels = self._grow(gm, taps, factory)
+            for index, head in enumerate(heads):
+                _widen_head(gm, head, index, side, channels)
+        return True
+
+    def _taps(self, gm: fx.GraphModule) -> list[tuple[str, fx.Node, Layout]]:
+        taps = []
+        for block in residual_blocks(gm):
+            layout = layout_of(gm, block.output)
+            if layout is None:
+                add_note(gm, "AttachSideBranch", block.output.name, f"{block.path}: neither tokens nor a map with known channels")
+                continue
+            if layout.channels % self.reduction:
+                raise InputError(
+                    f"AttachSideBranch: {block.path} has {layout.channels} channels, which reduction={self.reduction} does not "
+                    f"divide; take a reduction that does."
+                )
+            taps.append((block.path, block.output, layout))
+        return taps
+
+    def _grow(self, gm: fx.GraphModule, taps: list[tuple[str, fx.Node, Layout]], factory: dict[str, Any]) -> tuple[fx.Node, int]:
+        """Append the branch tap by tap; returns its last node and channels."""
+        previous: fx.Node | None = None
+        before = (0, (0, 0))
+        for path, output, layout in taps:
+            name = f"side_branch.{path.replace('.', '_')}"
+            channels, grid = layout.channels // self.reduction, (layout.height, layout.width)
+            with gm.graph.inserting_after(output):
+                pool = ChannelAveragePool(path, layout.order, grid, layout.prefix, self.reduction)
+                node = call_inserted(gm, f"{name}.pool", pool, (output,), like=output)
+            if previous is not None:
+                if before != (channels, grid):
+                    transition = SideTransition((before[0], channels), before[1], grid, **factory)
+                    previous = _call_layers(gm, f"{name}.transition", transition, previous, after=node)
+                with gm.graph.inserting_after(max(node, previous)):
+                    node = gm.graph.call_function(torch.add, (node, previous))
+            previous = _call_layers(gm, f"{name}.block", LiteSideBlock(channels, **factory), node, after=node)
+            before = (channels, grid)
+        assert previous is not None
+        return previous, before[0]
+
+
+def _call_layers(gm: fx.GraphModule, path: str, layers: nn.Sequential, node: fx.Node, after: fx.Node) -> fx.Node:
+    """Call the layers one by one, so that each is a node of its own to the analysis and to later passes."""
+    gm.add_submodule(path, layers.train(gm.training))
+    point = after
+    for name, _ in layers.named_children():
+        with gm.graph.inserting_after(point):
+            node = point = gm.graph.call_module(f"{path}.{name}", (node,))
+        node.meta["nn_module_stack"] = {path: (path, type(layers))}
+    return node
+
+
+def _widen_head(gm: fx.GraphModule, node: fx.Node, index: int, side: fx.Node, side_channels: int) -> None:
+    path = str(node.target)
+    old = gm.get_submodule(path)
+    convolutional = isinstance(old, nn.Conv2d)
+    features = node.args[0]
+    pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), *([] if convolutional else [nn.Flatten()]))
+    with gm.graph.inserting_before(node):
+        pooled = call_inserted(gm, f"side_branch.head_pool{index}", pool, (side,), like=side)
+        joined = gm.graph.call_function(torch.cat, ([features, pooled], 1))
+    gm.set_submodule(path, _wider(old, side_channels).train(gm.training))
+    node.args = (joined,)
+
+
+def _wider(old: nn.Module, extra: int) -> nn.Module:
+    """The same head for `extra` more input features, whose columns are 0."""
+    assert isinstance(old, (nn.Linear, nn.Conv2d))
+    factory: dict[str, Any] = {"device": old.weight.device, "dtype": old.weight.dtype}
+    has_bias = old.bias is not None
+    if isinstance(old, nn.Linear):
+        new: nn.Linear | nn.Conv2d = nn.Linear(old.in_features + extra, old.out_features, has_bias, **factory)
+    else:
+        new = nn.Conv2d(old.in_channels + extra, old.out_channels, 1, bias=has_bias, **factory)
+    with torch.no_grad():
+        new.weight.zero_()
+        new.weight[:, : old.weight.shape[1]].copy_(old.weight)
+        if old.bias is not None:
+            assert new.bias is not None
+            new.bias.copy_(old.bias)
+            new.bias.requires_grad_(old.bias.requires_grad)
+    new.weight.requires_grad_(old.weight.requires_grad)
+    return new

@@ -1,0 +1,100 @@
+"""What a pass is, and the few edits that passes share.
+
+A pass is a frozen dataclass that is called with a graph module and returns torch.fx's `PassResult(graph_module, modified)`; it
+therefore runs in torch.fx's own `PassManager` too. It edits the graph module that it is given. What it leaves alone, and why, it
+writes down with `add_note`.
+"""
+
+import abc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.passes.infra.pass_base import PassResult
+
+from s2a_fx.analysis.provenance import module_stack
+from s2a_fx.analysis.shapes import propagate
+from s2a_fx.errors import InputError, PassError
+
+
+@dataclass(frozen=True)
+class Pass(abc.ABC):
+    """Base of the passes. A subclass is a frozen dataclass and defines `rewrite`."""
+
+    def __call__(self, graph_module: fx.GraphModule) -> PassResult:
+        """Apply the pass to `graph_module`, in place.
+
+        Raises:
+            PassError: the pass does not fit this graph; the message names the node and what to do.
+        """
+        if any("val" not in node.meta for node in graph_module.graph.nodes):
+            raise PassError(
+                f"{type(self).__name__}: the graph carries no shapes; make it with s2a_fx.trace(model, example_inputs), "
+                "or call s2a_fx.analysis.shapes.propagate(gm, example_inputs) first."
+            )
+        modified = self.rewrite(graph_module)
+        if modified:
+            graph_module.graph.eliminate_dead_code()
+            graph_module.graph.lint()
+            graph_module.recompile()
+            propagate(graph_module)
+        return PassResult(graph_module, modified)
+
+    @abc.abstractmethod
+    def rewrite(self, gm: fx.GraphModule) -> bool:
+        """Edit `gm`; return whether anything changed."""
+
+
+def require_positive(source: Pass, **options: int) -> None:
+    """Raise `InputError` unless every option is a positive integer."""
+    for name, value in options.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise InputError(f"{type(source).__name__}: {name} must be a positive integer, got {value!r}.")
+
+
+def free_path(gm: fx.GraphModule, parent: str, name: str) -> str:
+    """A path under `parent` that no module has yet: `parent.name`, or with a number."""
+    taken = {path for path, _ in gm.named_modules(remove_duplicate=False)}
+    wanted = path = f"{parent}.{name}" if parent else name
+    count = 1
+    while path in taken:
+        path = f"{wanted}_{count}"
+        count += 1
+    return path
+
+
+def call_inserted(gm: fx.GraphModule, path: str, module: nn.Module, args: tuple[Any, ...], like: fx.Node) -> fx.Node:
+    """Put `module` at `path` and call it at the present insertion point; it trains or not as the graph module does.
+
+    The new node's provenance is that of `like` and the path.
+    """
+    gm.add_submodule(path, module.train(gm.training))
+    node = gm.graph.call_module(path, args)
+    around = module_stack(like)
+    if like.op == "call_module" and around and around[-1][0] == like.target:
+        around = around[:-1]
+    node.meta["nn_module_stack"] = {place: (place, kind) for place, kind in [*around, (path, type(module))]}
+    return node
+
+
+@contextmanager
+def building_like(reference: torch.Tensor) -> Iterator[dict[str, Any]]:
+    """Build parameters where and how `reference` is: yields `device` and `dtype`, under its fake mode if it is fake."""
+    factory = {"device": reference.device, "dtype": reference.dtype}
+    if isinstance(reference, FakeTensor):
+        with reference.fake_mode:
+            yield factory
+    else:
+        yield factory
+
+
+def a_weight(gm: fx.GraphModule) -> torch.Tensor:
+    """A floating parameter of the model, whose device and dtype new parameters take."""
+    for parameter in gm.parameters():
+        if parameter.is_floating_point():
+            return parameter
+    raise PassError("the model has no parameters: there is nothing to tune beside. Pass a model with weights.")

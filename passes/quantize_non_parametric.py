@@ -1,0 +1,184 @@
+"""Quantize what GELU, SiLU, ReLU and softmax keep, exactly as the paper writes it (section 3.2).
+
+    before  gelu(x)                      keeps x, 32 bits an element
+    after   QuantizedGELU(x)             keeps 4 bits an element, eq. (10) to (12); SiLU likewise
+    before  relu(x)                      keeps its output
+    after   QuantizedReLU(x)             keeps 1 bit an element
+    before  dropout(softmax(s)) @ v      keeps the map, twice in one storage, and v
+    after   QuantizedSoftmaxMatmul(s, v) keeps the map once, at 4 bits, eq. (8) and (9), and v
+    before  fused attention              keeps q, k, v, output and logsumexp
+    after   QuantizedAttention           keeps q, k, v and the map at 4 bits
+
+The values computed in the forward do not change.
+
+Leaves alone, each time with a note:
+
+1. a layer through which no gradient flows: it keeps nothing;
+2. a layer whose tensor another node keeps anyway: nothing would be freed (a ReLU before a convolution, which keeps its input
+   even when frozen);
+3. a map that has other readers than the product with the values, shapes that broadcast in that product, grouped-query attention
+   and a softmax that changes the dtype;
+4. layers hidden inside leaf modules.
+"""
+
+import operator
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from s2a_fx.analysis.non_parametric import NonParametric, non_parametric
+from s2a_fx.analysis.notes import add_note
+from s2a_fx.analysis.provenance import owner_path
+from s2a_fx.analysis.saved import SavedTensor, is_activation, saved_tensors
+from s2a_fx.errors import InputError
+from s2a_fx.nn.quantized import (
+    QuantizedAttention,
+    QuantizedGELU,
+    QuantizedReLU,
+    QuantizedSiLU,
+    QuantizedSoftmax,
+    QuantizedSoftmaxMatmul,
+)
+from s2a_fx.nn.training_switch import TrainingSwitch
+from s2a_fx.ops.bits import BITS
+from s2a_fx.passes.base import Pass, call_inserted, free_path
+
+_MATMULS = (operator.matmul, torch.matmul, torch.bmm, "matmul", "bmm", torch.ops.aten.matmul.default)
+_HIDDEN = ("GeluBackward", "SiluBackward", "ReluBackward", "SoftmaxBackward", "ScaledDotProduct")
+
+
+@dataclass(frozen=True)
+class QuantizeNonParametric(Pass):
+    """Quantize the activations kept by non-parametric layers.
+
+    Args:
+        bits: per element of GELU's, SiLU's and softmax's tensors: 1, 2, 4 or 8; the paper takes 4. ReLU takes 1.
+    """
+
+    bits: int = 4
+
+    def __post_init__(self) -> None:
+        if self.bits not in BITS or isinstance(self.bits, bool):
+            raise InputError(f"QuantizeNonParametric: bits must be one of {', '.join(map(str, BITS))}, got {self.bits!r}.")
+
+    def rewrite(self, gm: fx.GraphModule) -> bool:
+        rows = [row for row in saved_tensors(gm) if is_activation(row)]
+        layers = [layer for node in gm.graph.nodes if (layer := non_parametric(gm, node))]
+        known = {layer.node.name for layer in layers}
+        modified = False
+        for layer in layers:
+            reason = self._replace(gm, layer, rows)
+            modified |= reason is None
+            if reason:
+                add_note(gm, "QuantizeNonParametric", layer.node.name, reason)
+        for row in rows:
+            for holder in row.holders:
+                if holder.operand.startswith(_HIDDEN) and holder.node not in known:
+                    add_note(gm, "QuantizeNonParametric", holder.node, f"hidden inside the leaf module {row.op}")
+        return modified
+
+    def _replace(self, gm: fx.GraphModule, layer: NonParametric, rows: list[SavedTensor]) -> str | None:
+        """Replace one layer; returns why not."""
+        held = [row for row in rows if any(holder.node == layer.node.name for holder in row.holders)]
+        if not held:
+            return "keeps nothing: no gradient flows through it"
+        if layer.kind == "attention":
+            return self._replace_attention(gm, layer)
+        if layer.kind == "softmax":
+            return self._replace_softmax(gm, layer, held)
+        if other := _other_holder(held, {layer.node.name}):
+            return f"{other} keeps the same tensor anyway"
+        module: nn.Module
+        if layer.kind == "gelu":
+            module = QuantizedGELU(layer.options["approximate"], self.bits)
+        elif layer.kind == "silu":
+            module = QuantizedSiLU(self.bits)
+        else:
+            module = QuantizedReLU()
+        call = _substitute(gm, layer.node, module, layer.operands)
+        if layer.options.get("inplace"):  # later readers of the input meant the overwritten one
+            layer.operands[0].replace_all_uses_with(call, delete_user_cb=lambda user: user > call)
+        return None
+
+    def _replace_attention(self, gm: fx.GraphModule, layer: NonParametric) -> str | None:
+        options = dict(layer.options)
+        query, key = (_shape(operand) for operand in layer.operands[:2])
+        if options.pop("enable_gqa") or query[:-2] != key[:-2]:
+            return "grouped-query attention: its map is wider than its keys"
+        _substitute(gm, layer.node, QuantizedAttention(**options, bits=self.bits), layer.operands)
+        return None
+
+    def _replace_softmax(self, gm: fx.GraphModule, layer: NonParametric, held: list[SavedTensor]) -> str | None:
+        if layer.options.get("dtype") is not None:
+            return "changes the dtype"
+        dim, rank = layer.options["dim"], len(_shape(layer.node))
+        product = _product_with_values(gm, layer.node) if dim in (-1, rank - 1) else None
+        if product is not None:
+            matmul, value, dropout_p = product
+            _substitute(gm, matmul, QuantizedSoftmaxMatmul(dropout_p, self.bits), (layer.operands[0], value))
+            return None
+        own = [row for row in held if row.made_at == layer.node.name]
+        if other := _other_holder(own, {layer.node.name}):
+            return f"{other} keeps the same map, and is not a plain product with values of the same leading shape"
+        _substitute(gm, layer.node, QuantizedSoftmax(dim, self.bits), layer.operands)
+        return None
+
+
+def _other_holder(rows: list[SavedTensor], own: set[str]) -> str | None:
+    return next((str(holder) for row in rows for holder in row.holders if holder.node not in own), None)
+
+
+def _substitute(gm: fx.GraphModule, node: fx.Node, module: nn.Module, operands: tuple[fx.Node, ...]) -> fx.Node:
+    sole = node.op == "call_module" and sum(other.target == node.target for other in gm.graph.nodes) == 1
+    name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(module).__name__).lower()
+    path = str(node.target) if sole else free_path(gm, owner_path(node), name)
+    with gm.graph.inserting_before(node):
+        call = call_inserted(gm, path, module, operands, like=node)
+    call.meta["val"] = node.meta["val"]
+    node.replace_all_uses_with(call)
+    gm.graph.erase_node(node)
+    return call
+
+
+def _shape(node: fx.Node) -> torch.Size:
+    return node.meta["val"].shape
+
+
+def _product_with_values(gm: fx.GraphModule, softmax: fx.Node) -> tuple[fx.Node, fx.Node, float] | None:
+    """The product, the values and the dropout's p in `dropout(softmax) @ values`; None where the map is read otherwise."""
+    node, dropout_p = softmax, 0.0
+    while len(node.users) == 1:
+        (user,) = node.users
+        drop = _dropout_probability(gm, user)
+        if drop is not None:
+            dropout_p = 1 - (1 - dropout_p) * (1 - drop) if not dropout_p or not drop else None  # type: ignore[assignment]
+            if dropout_p is None:
+                return None
+            node = user
+            continue
+        if user.target not in _MATMULS or user.args[0] is not node or not isinstance(user.args[1], fx.Node):
+            return None
+        value = user.args[1]
+        return (user, value, dropout_p) if _shape(value)[:-2] == _shape(softmax)[:-2] else None
+    return None
+
+
+def _dropout_probability(gm: fx.GraphModule, node: fx.Node) -> float | None:
+    """p of a dropout that draws in train mode only, 0 for an identity; None for any other node."""
+    if node.op != "call_module":
+        return None
+    module: Any = gm.get_submodule(str(node.target))
+    if isinstance(module, nn.Identity):
+        return 0.0
+    if type(module) is nn.Dropout:
+        return module.p
+    if isinstance(module, TrainingSwitch) and module.function is F.dropout:
+        arguments = dict(zip(("input", "p", "training"), node.args, strict=False)) | dict(node.kwargs)
+        switched = {d.argument: (d.train, d.eval) for d in module.differences}
+        if switched.keys() <= {"training", 2} and next(iter(switched.values()), None) == (True, False):
+            return float(arguments.get("p", 0.5))  # type: ignore[arg-type]
+    return None

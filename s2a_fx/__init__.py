@@ -1,0 +1,32 @@
+"""s2a_fx: fine-tune vision models in less memory.
+
+    report = s2a_fx.analyze(model, (x,))                    what a training step keeps and peaks at, before it runs
+    gm = s2a_fx.transform(model, (x,), recipe="s2a")        an ordinary trainable module that keeps less
+    print(s2a_fx.compare(model, (x,), ["full", "s2a"]).table())
+
+Passes are in `s2a_fx.passes`, analyses in `s2a_fx.analysis`, recipes in `s2a_fx.RECIPES`.
+"""
+
+from s2a_fx.analyze import analyze, compare
+from s2a_fx.errors import InputError, PassError, S2AError, ShapeError, TraceError
+from s2a_fx.recipes import RECIPES
+from s2a_fx.report import Comparison, MemoryReport
+from s2a_fx.trace import trace
+from s2a_fx.transform import transform
+from s2a_fx.version import __version__
+
+__all__ = [
+    "RECIPES",
+    "Comparison",
+    "InputError",
+    "MemoryReport",
+    "PassError",
+    "S2AError",
+    "ShapeError",
+    "TraceError",
+    "__version__",
+    "analyze",
+    "compare",
+    "trace",
+    "transform",
+]

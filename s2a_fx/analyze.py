@@ -1,0 +1,113 @@
+"""`analyze` and `compare`: from a model to memory reports, before any GPU is touched."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from s2a_fx.analysis.device import device_model
+from s2a_fx.analysis.fake import traced_inputs
+from s2a_fx.analysis.notes import notes_of
+from s2a_fx.analysis.paper import paper_bytes
+from s2a_fx.analysis.peak import peak, timeline
+from s2a_fx.analysis.saved import is_activation, saved_tensors
+from s2a_fx.analysis.simulation import simulate
+from s2a_fx.fork_map import fork_map
+from s2a_fx.recipes import GraphPass, name_of, resolve
+from s2a_fx.report import Comparison, MemoryReport
+from s2a_fx.trace import base_parameters, trace
+from s2a_fx.transform import transform
+
+Loss = Callable[[Any], torch.Tensor]
+MakeOptimizer = Callable[..., torch.optim.Optimizer]
+
+
+def analyze(
+    model: nn.Module,
+    example_inputs: torch.Tensor | Sequence[torch.Tensor],
+    *,
+    device: str = "cpu",
+    optimizer: str | MakeOptimizer | None = "adamw",
+    loss: Loss | None = None,
+    name: str | None = None,
+) -> MemoryReport:
+    """What a training step of `model`, as it is, keeps and peaks at. Nothing is run for real, nothing is allocated.
+
+    Args:
+        model: any traceable module, or the result of `transform`; its weights real, fake or on the `meta` device. What trains is
+            what has `requires_grad`.
+        example_inputs: a tensor or a sequence of tensors of the training size, real, fake or meta.
+        device: `cpu` or `cuda`: whose kernels and allocator to assume.
+        optimizer: `adamw`, `adam`, `sgd`, a function from parameters to an optimizer, or None.
+        loss: from the model's output to a scalar; left out, cross-entropy for outputs of shape (batch, classes).
+        name: what to call the model in the report.
+
+    Raises:
+        S2AError: the model cannot be traced, or an argument does not fit.
+    """
+    gm = trace(model, example_inputs)
+    return _report(gm, name or type(model).__name__, "as given", device, optimizer, loss)
+
+
+def compare(
+    model: nn.Module,
+    example_inputs: torch.Tensor | Sequence[torch.Tensor],
+    recipes: Sequence[str | Sequence[GraphPass]] = ("full", "bias", "s2a"),
+    *,
+    device: str = "cpu",
+    optimizer: str | MakeOptimizer | None = "adamw",
+    loss: Loss | None = None,
+    name: str | None = None,
+    jobs: int = 1,
+) -> Comparison:
+    """Reports of `model` under several recipes.
+
+    Args:
+        recipes: each a name or a sequence of passes.
+        jobs: processes to share the recipes among; they are forked, so leave 1 in a process that has used CUDA.
+
+    The other arguments are those of `analyze`.
+    """
+    for recipe in recipes:
+        resolve(recipe)  # an unknown name is told before the work begins
+    device_model(device)
+    gm = trace(model, example_inputs)
+    inputs = traced_inputs(gm)
+    called = name or type(model).__name__
+
+    def report(recipe: str | Sequence[GraphPass]) -> MemoryReport:
+        return _report(transform(gm, inputs, recipe), called, name_of(recipe), device, optimizer, loss)
+
+    return Comparison(tuple(fork_map(report, recipes, jobs)))
+
+
+def _report(
+    gm: fx.GraphModule, name: str, recipe: str, device: str, optimizer: str | MakeOptimizer | None, loss: Loss | None
+) -> MemoryReport:
+    record = simulate(gm, device=device_model(device), optimizer=optimizer, loss=loss)
+    rows = saved_tensors(gm, record)
+    moments = timeline(gm, record)
+    parameters = list(gm.parameters())
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    first = traced_inputs(gm)[0]
+    return MemoryReport(
+        model=name,
+        recipe=recipe,
+        batch_size=first.shape[0] if first.ndim else 1,
+        image_size=tuple(first.shape[2:] if first.ndim == 4 else first.shape[1:]),
+        dtype=", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters})),
+        optimizer=optimizer if isinstance(optimizer, str) else getattr(optimizer, "__name__", "none"),
+        device=device,
+        parameters=sum(p.numel() for p in parameters),
+        trainable_parameters=trained,
+        trainable_percent=100 * trained / max(base_parameters(gm), 1),
+        weight_bytes=sum(p.numel() * p.element_size() for p in parameters),
+        saved_bytes=sum(row.bytes for row in rows if is_activation(row)),
+        paper_bytes=paper_bytes(gm),
+        peak=peak(moments),
+        timeline=moments,
+        saved=rows,
+        notes=notes_of(gm),
+        assumptions=record.assumptions,
+    )

@@ -1,0 +1,187 @@
+"""The command line: `s2a-fx report`, `s2a-fx compare`, `s2a-fx passes`."""
+
+import argparse
+import dataclasses
+import gc
+import json
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from tabulate import tabulate
+
+from s2a_fx.analysis.device import device_model
+from s2a_fx.analysis.fit import largest_batch
+from s2a_fx.analysis.optimizer import OPTIMIZERS
+from s2a_fx.analyze import compare
+from s2a_fx.errors import InputError, S2AError
+from s2a_fx.html import to_html
+from s2a_fx.passes import PASSES
+from s2a_fx.recipes import RECIPES, name_of, resolve
+from s2a_fx.report import Comparison
+from s2a_fx.transform import transform
+from s2a_fx.zoo import DTYPES, timm_model
+
+_UNITS = {"": 1, "MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0, or 2 after an error in what was asked for."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except S2AError as error:
+        print(f"s2a-fx: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def console() -> None:
+    """The installed command: `main` for one short run, without cycle collection (half a second) and torch's teardown (one)."""
+    gc.disable()
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="s2a-fx", description="What fine-tuning a vision model costs in memory, and what it costs after S2A's rewriting."
+    )
+    commands = parser.add_subparsers(title="commands", required=True)
+    report = commands.add_parser("report", help="what a training step keeps, tensor by tensor, and what it peaks at")
+    report.add_argument("--recipe", default="s2a", help="the recipe to report (default: %(default)s)")
+    report.add_argument("--against", default="full", help="the recipe to set it against (default: %(default)s)")
+    report.add_argument("--unfold", action="store_true", help="a row for each tensor, alike ones not joined")
+    report.add_argument("--fit", metavar="SIZE", type=_size, help="also find the largest batch that fits, for example 16GB")
+    report.set_defaults(run=_report)
+    _add_model_options(report)
+    comparison = commands.add_parser("compare", help="recipes side by side")
+    comparison.add_argument("--recipes", default=",".join(RECIPES), help="names separated by commas (default: all)")
+    comparison.set_defaults(run=_compare)
+    _add_model_options(comparison)
+    passes = commands.add_parser("passes", help="the passes with their options, and the recipes made of them")
+    passes.set_defaults(run=_passes)
+    return parser
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a timm model, for example vit_base_patch16_224")
+    parser.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="images in a step (default: %(default)s)")
+    parser.add_argument("--image-size", type=_positive, metavar="N", help="side of the image in pixels (default: the model's)")
+    parser.add_argument("--num-classes", type=_not_negative, metavar="N", help="classes of the head (default: the model's)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and images (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="whose kernels to assume, cpu or cuda; none is used (default: cpu)")
+    parser.add_argument("--optimizer", default="adamw", help=f"{', '.join(OPTIMIZERS)} (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write the report as a page with the step's timeline")
+
+
+def _report(options: argparse.Namespace) -> None:
+    comparison = _simulate(options, list(dict.fromkeys([options.against, options.recipe])))
+    report = comparison[options.recipe]
+    print(report.title())
+    print()
+    print(comparison.table())
+    print()
+    print(report.text(fold=not options.unfold))
+    if options.fit:
+        _print_fit(options)
+
+
+def _compare(options: argparse.Namespace) -> None:
+    names = [name.strip() for name in options.recipes.split(",") if name.strip()]
+    comparison = _simulate(options, list(dict.fromkeys(names)))
+    print(comparison.reports[0].title())
+    print()
+    print(comparison.table())
+
+
+def _simulate(options: argparse.Namespace, recipes: list[str]) -> Comparison:
+    for recipe in recipes:
+        resolve(recipe)
+    for path in (options.json, options.html):
+        if path is not None and not path.parent.is_dir():
+            raise InputError(f"{path}: there is no folder {path.parent}; create it or name another file.")
+    model, example = _built(options)
+    comparison = compare(
+        model,
+        example,
+        recipes,
+        device=options.device,
+        optimizer=options.optimizer,
+        name=options.model,
+        jobs=os.cpu_count() or 1,
+    )
+    if options.json:
+        _write(options.json, json.dumps(comparison.to_json(), indent=1))
+    if options.html:
+        _write(options.html, to_html(comparison))
+    return comparison
+
+
+def _built(options: argparse.Namespace):  # type: ignore[no-untyped-def]
+    return timm_model(
+        options.model,
+        num_classes=options.num_classes,
+        image_size=options.image_size,
+        batch_size=options.batch_size,
+        dtype=options.dtype,
+    )
+
+
+def _print_fit(options: argparse.Namespace) -> None:
+    model, example = _built(options)
+    print(f"\nLargest batch whose step fits {options.fit / 1e9:,.1f} GB")
+    for recipe in dict.fromkeys([options.against, options.recipe]):
+        gm = transform(model, example, recipe)
+        batch = largest_batch(gm, options.fit, device=device_model(options.device), optimizer=options.optimizer)
+        print(f"{recipe}: {batch if batch else 'not even one image fits'}")
+
+
+def _passes(options: argparse.Namespace) -> None:
+    lines = []
+    for kind in PASSES:
+        fields = ", ".join(f"{f.name}={f.default!r}" for f in dataclasses.fields(kind))
+        lines.append((kind.__name__, fields, (kind.__doc__ or "").split("\n")[0]))
+    print(tabulate(lines, ("pass", "options", "what it does"), disable_numparse=True))
+    print()
+    recipes = [(name, name_of(passes)) for name, passes in RECIPES.items()]
+    print(tabulate(recipes, ("recipe", "passes"), disable_numparse=True))
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    try:
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False, encoding="utf-8") as file:
+            file.write(text)
+        Path(file.name).replace(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror}.") from error
+
+
+def _positive(text: str) -> int:
+    if not re.fullmatch(r"\d+", text) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
+    return int(text)
+
+
+def _not_negative(text: str) -> int:
+    if not re.fullmatch(r"\d+", text):
+        raise argparse.ArgumentTypeError(f"must be an integer of 0 or more, got {text!r}")
+    return int(text)
+
+
+def _size(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text)
+    if not match or match[2].upper() not in _UNITS:
+        raise argparse.ArgumentTypeError(f"must be a size such as 16GB or 800MB, got {text!r}")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+if __name__ == "__main__":
+    console()

@@ -1,0 +1,42 @@
+"""`transform`: a model and a recipe make a trainable module."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import fx, nn
+
+from s2a_fx.errors import InputError
+from s2a_fx.recipes import GraphPass, resolve
+from s2a_fx.trace import trace
+
+
+def transform(
+    model: nn.Module,
+    example_inputs: torch.Tensor | Sequence[torch.Tensor],
+    recipe: str | Sequence[GraphPass] = "s2a",
+) -> fx.GraphModule:
+    """Trace `model` and apply the passes of `recipe`.
+
+    Args:
+        model: any traceable module. It is left as it is, `requires_grad` and mode included; the result shares the storages of
+            its weights, so that training the result changes the values that both see.
+        example_inputs: what the model is called with, of the size that it will train on: a tensor or a sequence of tensors.
+        recipe: a name (see `s2a_fx.RECIPES`) or a sequence of passes.
+
+    Returns:
+        An ordinary module: it trains in eager mode, is copied, pickled and saved by `state_dict` like any other.
+
+    Raises:
+        S2AError: the recipe, the inputs or the model do not fit; the message says what to do.
+    """
+    passes = resolve(recipe)
+    gm = trace(model, example_inputs)
+    for graph_pass in passes:
+        result = graph_pass(gm)
+        if not hasattr(result, "graph_module"):
+            raise InputError(
+                f"{type(graph_pass).__name__} returned {type(result).__name__}, wanted torch.fx's PassResult; "
+                "return PassResult(graph_module, modified)."
+            )
+        gm = result.graph_module
+    return gm

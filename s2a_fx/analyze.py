@@ -65,7 +65,7 @@ def compare(
 
     Args:
         recipes: each a name or a sequence of passes.
-        jobs: processes to share the recipes among; they are forked, so leave 1 in a process that has used CUDA.
+        jobs: processes to share the recipes among; they are forked, so leave 1 in a process that has used CUDA or run a backward.
 
     The other arguments are those of `analyze`.
     """

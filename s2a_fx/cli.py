@@ -28,9 +28,9 @@ from s2a_fx.zoo import DTYPES, timm_model
 _UNITS = {"": 1, "MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, or 2 after an error in what was asked for."""
-    options = _parser().parse_args(arguments)
+def main(arguments: Sequence[str] | None = None, jobs: int = 1) -> int:
+    """Run the command line, on `jobs` processes; returns the exit status: 0, or 2 after an error in what was asked for."""
+    options = _parser().parse_args(arguments, argparse.Namespace(jobs=jobs))
     try:
         options.run(options)
     except S2AError as error:
@@ -42,8 +42,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def console() -> None:
     """The installed command: `main` for one short run, without cycle collection (half a second) and torch's teardown (one)."""
     gc.disable()
-    status = main()
-    sys.stdout.flush()
+    try:
+        status = main(jobs=os.cpu_count() or 1)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        status = 0
     sys.stderr.flush()
     os._exit(status)
 
@@ -115,7 +118,7 @@ def _simulate(options: argparse.Namespace, recipes: list[str]) -> Comparison:
         device=options.device,
         optimizer=options.optimizer,
         name=options.model,
-        jobs=os.cpu_count() or 1,
+        jobs=options.jobs,
     )
     if options.json:
         _write(options.json, json.dumps(comparison.to_json(), indent=1))

@@ -18,7 +18,8 @@ Result = TypeVar("Result")
 def fork_map(function: Callable[[Item], Result], items: Sequence[Item], jobs: int) -> list[Result]:
     """`[function(item) for item in items]`, the items dealt out to `jobs` processes, this one included.
 
-    The children are forks: `function` and `items` need not be picklable, results must be. Not for a process that has used CUDA.
+    The children are forks: `function` and `items` need not be picklable, results must be. Not for a process
+    that has used CUDA or run a backward: their threads do not survive a fork.
     """
     jobs = min(jobs, len(items)) if hasattr(os, "fork") else 1
     context = multiprocessing.get_context("fork" if jobs > 1 else None)

@@ -126,6 +126,7 @@ def _symbolic(model: nn.Module, arity: int) -> fx.GraphModule:
         leaves |= divergence.leaves
     for module, training in modes:
         module.training = training
+    train_graph._tracer_cls = BufferTracer
     gm = fx.GraphModule(model, train_graph, type(model).__name__)
     for name, differences in divergence.switches.items():
         _insert_switch(gm, name, differences)
@@ -136,10 +137,14 @@ def _symbolic(model: nn.Module, arity: int) -> fx.GraphModule:
     return gm
 
 
-class _Tracer(fx.Tracer):
-    """torch.fx's tracer, with timm's leaf registry, and a placeholder for each given input only (other arguments keep defaults)."""
+class BufferTracer(fx.Tracer):
+    """A tracer for which reading a buffer is a node: no constant of the tracing device is baked in. Unpickling uses it too."""
 
-    proxy_buffer_attributes = True  # a buffer read stays a node: no constant of the tracing device is baked in
+    proxy_buffer_attributes = True
+
+
+class _Tracer(BufferTracer):
+    """Has timm's leaf registry, and a placeholder for each given input only: other arguments keep their defaults."""
 
     def __init__(self, arity: int, leaves: set[str]) -> None:
         super().__init__(autowrap_functions=tuple(get_notrace_functions()))

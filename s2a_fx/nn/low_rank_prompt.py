@@ -49,16 +49,15 @@ class LowRankPrompt(nn.Module):
             prompt = prompt.permute(2, 0, 1)
         if x.shape[1:] != prompt.shape:
             raise ShapeError(
-                f"{self.name}: prompt was built for {self._say(prompt.shape)}, got {self._say(x.shape[1:])}; "
+                f"{self.name}: prompt was built for {self._difference(prompt.shape, x.shape[1:])}; "
                 "call transform() with inputs of the size you train on."
             )
         return x + prompt
 
-    def _say(self, shape: torch.Size) -> str:
-        if self.order == "BNC" and len(shape) == 2:
-            tokens = f"{shape[0]} tokens"
-            return tokens if shape[1] == self.channels else f"{tokens} of {shape[1]} channels"
-        return "a map of shape " + "x".join(str(side) for side in shape)
+    def _difference(self, built: torch.Size, got: torch.Size) -> str:
+        if self.order == "BNC" and len(got) == 2 and got[1] == built[1]:
+            return f"{built[0]} tokens, got {got[0]}"
+        return f"shape {tuple(built)} without the batch, got {tuple(got)}"
 
     def extra_repr(self) -> str:
         return f"{self.order}, grid={self.grid}, channels={self.channels}, rank={self.A.shape[1]}"

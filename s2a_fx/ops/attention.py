@@ -85,7 +85,9 @@ def _backward(ctx, grad, _codes, _range, _kept):  # type: ignore[no-untyped-def]
     grad_scores, grad_value = map_gradients(y, value, grad, kept, ctx.dropout_p)
     del y
     grad_mask = grad_scores.sum_to_size(ctx.mask_shape) if ctx.needs_input_grad[3] else None
-    grad_scores = grad_scores.mul_(ctx.scale).to(query.dtype)
+    # Out of place with a mask: its gradient may be this very tensor.
+    scaled = grad_scores.mul_(ctx.scale) if grad_mask is None else grad_scores * ctx.scale
+    grad_scores = scaled.to(query.dtype)
     grad_query = torch.matmul(grad_scores, key)
     grad_key = torch.matmul(grad_scores.transpose(-2, -1), query)
     return grad_query, grad_key, grad_value, grad_mask, None, None, None, None

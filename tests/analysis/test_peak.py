@@ -1,0 +1,45 @@
+"""The peak: within two percent of what the allocator counts, and a timeline whose parts add up."""
+
+import pytest
+import torch
+from small_models import small_model
+from torch import nn
+
+import s2a_fx
+from s2a_fx.analysis.measure import measure_peak_bytes
+
+
+@pytest.mark.parametrize("recipe", ["full", "bias", "s2a-paper"])
+def test_predicted_peak_is_within_two_percent_of_the_allocator_s(family, recipe):
+    model, x = small_model(family)
+    gm = s2a_fx.transform(model, x, recipe)
+    optimizer = torch.optim.AdamW([p for p in gm.parameters() if p.requires_grad])
+    assert s2a_fx.analyze(gm, x).peak_bytes == pytest.approx(measure_peak_bytes(gm, (x,), optimizer), rel=0.02)
+
+
+def test_timeline_tells_kinds_and_where_the_peak_stands(vit):
+    report = s2a_fx.analyze(*vit)
+    weights = sum(p.numel() * 4 for p in vit[0].parameters())
+    assert {m.phase for m in report.timeline} == {"forward", "loss", "backward", "optimizer"}
+    assert all(m.of("parameter") == weights for m in report.timeline[1:])
+    assert report.peak.bytes == max(m.bytes for m in report.timeline)
+    last = report.timeline[-1]
+    assert last.of("gradient") == weights
+    assert last.of("optimizer") == 2 * weights + 4 * len(list(vit[0].parameters()))
+
+
+def test_optimizer_state_counts_from_the_start(vit):
+    with_state, without = (s2a_fx.analyze(*vit, optimizer=o) for o in ("adamw", "sgd"))
+    assert with_state.peak_bytes - without.peak_bytes >= 2 * with_state.weight_bytes
+
+
+def test_own_optimizer_and_loss_are_simulated(vit):
+    own = s2a_fx.analyze(*vit, optimizer=lambda p: torch.optim.AdamW(p, foreach=False), loss=lambda y: y.square().sum())
+    assert own.peak.of("optimizer") == s2a_fx.analyze(*vit).peak.of("optimizer")
+
+
+def test_a_frozen_model_has_a_forward_and_no_backward():
+    model = nn.Linear(4, 4).requires_grad_(False)
+    report = s2a_fx.analyze(nn.Sequential(model), torch.randn(2, 4))
+    assert report.saved_bytes == 0
+    assert "backward" not in {m.phase for m in report.timeline}

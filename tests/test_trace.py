@@ -1,0 +1,143 @@
+"""Tracing: modes still switch, the batch stays symbolic, provenance and shapes stand, the model is left as it was."""
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from small_models import small_model
+from torch import nn
+
+import s2a_fx
+from s2a_fx.analysis.notes import notes_of
+from s2a_fx.analysis.provenance import module_path
+from s2a_fx.nn.training_switch import TrainingSwitch
+
+
+def test_traced_model_computes_the_same(family):
+    model, x = small_model(family)
+    gm = s2a_fx.trace(model, x)
+    model.eval()
+    gm.eval()
+    torch.testing.assert_close(gm(x), model(x), rtol=0, atol=0)
+
+
+def test_batch_stays_symbolic(family):
+    model, x = small_model(family)
+    gm = s2a_fx.trace(model, x).eval()
+    more = torch.cat([x, x, x])
+    torch.testing.assert_close(gm(more), model.eval()(more))
+
+
+def test_every_node_knows_shape_and_module(vit):
+    model, x = vit
+    gm = s2a_fx.trace(model, x)
+    assert all("val" in node.meta for node in gm.graph.nodes)
+    assert {module_path(n) for n in gm.graph.nodes} >= {"blocks.0.attn", "blocks.2.mlp.act", "head"}
+
+
+class Dropping(nn.Module):
+    """Reads `self.training` in three ways: as an argument, through a module, and by an early return."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+        self.path = timm.layers.DropPath(0.5)
+        self.attention_dropout = 0.5
+
+    def forward(self, x):
+        x = F.dropout(self.inner(x), 0.5, self.training)
+        x = self.path(x)
+        q = x.view(-1, 1, 4, 2)
+        return F.scaled_dot_product_attention(q, q, q, dropout_p=self.attention_dropout if self.training else 0.0)
+
+
+def test_dropout_switches_with_the_mode():
+    gm = s2a_fx.trace(Dropping(), torch.randn(16, 8))
+    switches = [m for m in gm.modules() if isinstance(m, TrainingSwitch)]
+    assert len(switches) == 2
+    x = torch.randn(16, 8)
+    gm.train()
+    assert not torch.equal(gm(x), gm(x))
+    gm.eval()
+    assert torch.equal(gm(x), gm(x))
+
+
+def test_training_mode_with_one_seed_gives_the_model_s_own_output():
+    model, x = Dropping().train(), torch.randn(16, 8)
+    gm = s2a_fx.trace(model, x)
+    torch.manual_seed(3)
+    expected = model(x)
+    torch.manual_seed(3)
+    torch.testing.assert_close(gm(x), expected, rtol=0, atol=0)
+
+
+def test_the_model_keeps_its_mode_and_its_flags():
+    model, x = small_model("vit")
+    model.blocks[1].eval()
+    modes = [m.training for m in model.modules()]
+    s2a_fx.transform(model, x, "linear")
+    assert [m.training for m in model.modules()] == modes
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_weights_share_their_storages(vit):
+    model, x = vit
+    gm = s2a_fx.trace(model, x)
+    assert gm.get_parameter("head.weight").data_ptr() == model.head.weight.data_ptr()
+
+
+def test_meta_model_allocates_nothing():
+    with torch.device("meta"):
+        model = timm.create_model("vit_giant_patch14_224")
+    gm = s2a_fx.trace(model, torch.empty(2, 3, 224, 224, device="meta"))
+    assert all(p.is_meta for p in gm.parameters())
+
+
+class BranchesOnShape(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.a(x) if x.shape[1] > 2 else x
+
+
+def test_control_flow_on_shapes_goes_through_export_and_says_what_it_costs():
+    with pytest.warns(UserWarning, match="torch.export instead: train mode and the control flow"):
+        gm = s2a_fx.trace(BranchesOnShape(), torch.randn(3, 4))
+    assert "baked in" in notes_of(gm)[0].reason
+    x = torch.randn(5, 4)
+    assert gm(x).shape == (5, 4)
+    assert s2a_fx.analyze(BranchesOnShape(), torch.randn(3, 4)).saved_bytes == 3 * 4 * 4
+
+
+class BranchesOnValues(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Sequential(_Refuses())
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+class _Refuses(nn.Module):
+    def forward(self, x):
+        if x.sum() > 0:
+            return x
+        return -x
+
+
+def test_control_flow_on_values_is_refused_with_module_and_line():
+    with pytest.raises(s2a_fx.TraceError, match=r"inner\.0 \(_Refuses\), line \d+ of .*test_trace\.py"):
+        s2a_fx.trace(BranchesOnValues(), torch.randn(3, 4))
+
+
+@pytest.mark.parametrize("inputs", [(), ("image",), None])
+def test_inputs_that_are_no_tensors_are_refused(vit, inputs):
+    with pytest.raises(s2a_fx.InputError, match="wanted tensors"):
+        s2a_fx.trace(vit[0], inputs or ())
+
+
+def test_image_of_another_size_is_refused(vit):
+    with pytest.raises(s2a_fx.InputError, match="does not take inputs of shape"):
+        s2a_fx.trace(vit[0], torch.randn(2, 3, 70, 70))

@@ -8,7 +8,9 @@ holds prediction against measurement for the convolutions of the usual backbones
 2. channels-last operands stay where they are, only the weight is copied (twice where the kernel is larger than 1x1);
 3. the weight's gradient of a channels-last depthwise convolution with a kernel above 3x3 is computed in a layout that pads each
    1x1 group to a whole vector block, 16x16 for AVX-512: 256 times the weight;
-4. a bias that trains makes the backward compute the weight's gradient even if the weight is frozen.
+4. a bias that trains makes the backward compute the weight's gradient even if the weight is frozen;
+5. the weight's gradient of a patch embedding (a kernel that is a multiple of 16, fewer than 16 channels) takes four copies of the
+   weight and one image for each thread.
 """
 
 from typing import Any
@@ -57,6 +59,8 @@ def _backward(
     if not computes_weight:
         return gradient_of_x
     reordered = go if depthwise and large else go + _blocked(x)
+    if x.shape[1] < 16 and weight.shape[3] % 16 == 0:
+        reordered = torch.get_num_threads() * (4 * w + _bytes(x) // max(x.shape[0], 1))  # (5)
     return max(reordered, w, gradient_of_x - w) + unasked + (go if _channels_last(grad) else 0)
 
 

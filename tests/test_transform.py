@@ -92,7 +92,7 @@ def test_a_transformed_model_can_be_transformed_again(vit):
 
 
 def test_unknown_recipe_names_the_near_ones(vit):
-    with pytest.raises(s2a_fx.InputError, match="bias.lrp"):
+    with pytest.raises(s2a_fx.InputError, match=r"bias\+lrp"):
         s2a_fx.transform(*vit, recipe="bias-lrp")
 
 

@@ -134,7 +134,9 @@ def test_softmax_matmul_equals_softmax_dropout_product(dropout_p, dtype):
     reference = F.dropout(torch.softmax(scores, -1), dropout_p) @ value
     assert torch.equal(y, reference)
     grad = torch.randn_like(y)
-    for a, e in zip(torch.autograd.grad(y, (scores, value), grad), torch.autograd.grad(reference, (scores, value), grad), strict=True):
+    for a, e in zip(
+        torch.autograd.grad(y, (scores, value), grad), torch.autograd.grad(reference, (scores, value), grad), strict=True
+    ):
         assert F.cosine_similarity(a.flatten().float(), e.flatten().float(), 0) > 0.999
 
 

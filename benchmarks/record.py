@@ -1,0 +1,28 @@
+"""Where a benchmark's figures go: JSON with date, device, versions and command."""
+
+import datetime
+import json
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def write(name: str, figures: Any) -> Path:
+    """Write `figures` to results/NAME.json with all that is needed to judge them."""
+    path = RESULTS / f"{name}.json"
+    record = {
+        "date": datetime.date.today().isoformat(),
+        "device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
+        "command": " ".join(["python", f"benchmarks/{name}.py", *sys.argv[1:]]),
+        "figures": figures,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    return path

@@ -9,6 +9,7 @@ from torch import nn
 
 import s2a_fx
 from s2a_fx.analysis.measure import measure_saved_bytes
+from s2a_fx.zoo import timm_model
 
 RECIPES = ["full", "linear", "bias", "s2a-paper"]
 FURTHER = {
@@ -47,6 +48,18 @@ def test_predicted_bytes_equal_bytes_held_by_autograd_at_full_size(name, recipe)
     x = torch.randn(2, 3, 224, 224)
     gm = s2a_fx.transform(model, x, recipe)
     assert s2a_fx.analyze(gm, x).saved_bytes == measure_saved_bytes(gm, (x,))
+
+
+@pytest.mark.parametrize(
+    ("name", "megabytes"),
+    [("vit_base_patch16_224", 4493), ("swin_base_patch4_window7_224", 7245), ("convnext_base", 7425)],
+)
+def test_full_fine_tuning_without_fused_attention_keeps_the_known_bytes(name, megabytes):
+    model, x = timm_model(name)
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False
+    assert s2a_fx.analyze(model, x, optimizer=None).saved_bytes / 1e6 == pytest.approx(megabytes, rel=0.005)
 
 
 def test_the_graph_keeps_what_the_model_itself_keeps(family):

@@ -36,12 +36,12 @@ def residual_blocks(gm: fx.GraphModule) -> tuple[Block, ...]:
     members = _members(gm)
     types = _module_types(gm)
     adds: dict[fx.Node, fx.Node] = {}
-    residual = set()
+    residual: dict[str, fx.Node] = {}  # module path -> the value it adds to
     for path in sorted(members, key=lambda p: -p.count(".")):  # inner modules first: their adds show x to the outer ones
         found = _residual_adds(gm, path, members[path], adds)
         adds.update(found)
         if path and found:
-            residual.add(path)
+            residual[path] = _origin(gm, next(iter(found.values())), adds, set(_entries(members[path])))
     kinds = {types[path] for path in residual}
     paths = [path for path in members if types.get(path) in kinds]
     blocks = []
@@ -49,8 +49,9 @@ def residual_blocks(gm: fx.GraphModule) -> tuple[Block, ...]:
         if any(path.startswith(outer + ".") for outer in paths):
             continue
         entries, outputs = _entries(members[path]), _outputs(members[path])
-        if len(outputs) == 1 and entries:
-            blocks.append(Block(path, entries[0], tuple(members[path]), outputs[0]))
+        entry = residual.get(path) or next(iter(entries), None)
+        if len(outputs) == 1 and entry is not None:
+            blocks.append(Block(path, entry, tuple(members[path]), outputs[0]))
     return tuple(blocks)
 
 
@@ -100,14 +101,14 @@ def _residual_adds(gm: fx.GraphModule, path: str, nodes: list[fx.Node], inner: d
         if not is_add or owner_path(node) != path or len(operands) != 2:
             continue
         for x, other in (operands, operands[::-1]):
-            if _origin(gm, x, inner | found) in entries and _depends_on(other, entries, set(nodes)):
+            if _origin(gm, x, inner | found, entries) in entries and _depends_on(other, entries, set(nodes)):
                 found[node] = x
     return found
 
 
-def _origin(gm: fx.GraphModule, node: fx.Node, adds: dict[fx.Node, fx.Node]) -> fx.Node:
-    """Follow identities, views and residual adds back to the value that they show."""
-    while True:
+def _origin(gm: fx.GraphModule, node: fx.Node, adds: dict[fx.Node, fx.Node], entries: set[fx.Node]) -> fx.Node:
+    """Follow identities, views and residual adds back to the value that they show, a module's entry at the farthest."""
+    while node not in entries:
         identity = node.op == "call_module" and isinstance(gm.get_submodule(str(node.target)), nn.Identity)
         view = node.op == "call_method" and node.target in _VIEW_METHODS
         if node in adds:
@@ -115,7 +116,8 @@ def _origin(gm: fx.GraphModule, node: fx.Node, adds: dict[fx.Node, fx.Node]) -> 
         elif identity or view:
             node = node.all_input_nodes[0]
         else:
-            return node
+            break
+    return node
 
 
 def _depends_on(node: fx.Node, entries: set[fx.Node], inside: set[fx.Node]) -> bool:

@@ -6,12 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch.utils._pytree import tree_leaves
 
+from s2a_fx.errors import InputError
+
 
 def default_loss(output: Any) -> torch.Tensor:
-    """Cross-entropy for an output of shape (batch, classes); the mean of all floating outputs otherwise."""
+    """Cross-entropy for an output of shape (batch, classes); the sum of the means of all floating outputs otherwise."""
     if _is_logits(output):
         return F.cross_entropy(output, torch.zeros(output.shape[0], dtype=torch.long, device=output.device))
     means = [t.float().mean() for t in tree_leaves(output) if isinstance(t, torch.Tensor) and t.is_floating_point()]
+    if not means:
+        raise InputError("the model has no floating output to train on; pass loss=, a function from its output to a scalar.")
     return torch.stack(means).sum()
 
 
@@ -19,7 +23,7 @@ def describe_loss(output: Any) -> str:
     """What `default_loss` does with this output, in words."""
     if _is_logits(output):
         return "loss: cross-entropy of the (batch, classes) output"
-    return "loss: the mean of the output, which is not of shape (batch, classes)"
+    return "loss: the sum of the outputs' means, since the output is not of shape (batch, classes)"
 
 
 def _is_logits(output: Any) -> bool:

@@ -66,11 +66,11 @@ def _out_of_place(call: _Call) -> dict[str, Any]:
 
 
 def _softmax(call: _Call) -> dict[str, Any]:
-    return {"dim": call.argument(1, "dim", -1), "dtype": call.argument(3, "dtype")}
+    return {"dim": call.argument(1, "dim"), "dtype": call.argument(3, "dtype")}
 
 
 def _softmax_method(call: _Call) -> dict[str, Any]:
-    return {"dim": call.argument(1, "dim", -1), "dtype": call.argument(2, "dtype")}
+    return {"dim": call.argument(1, "dim"), "dtype": call.argument(2, "dtype")}
 
 
 def _attention(call: _Call) -> dict[str, Any]:

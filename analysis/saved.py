@@ -34,7 +34,7 @@ class SavedTensor:
         holders: everyone who keeps it, in forward order. The first gives `node`, `operand`, `shape` and `dtype`.
         made_at: the node that made it; empty for parameters, buffers and inputs.
         last_read_forward: the last node of the forward that takes it as an operand; empty if none does.
-        last_read_backward: the node whose backward, the last to need it, lets it go.
+        last_read_backward: the first of the holders: backward runs in reverse, so that it is the last to need the storage.
     """
 
     node: str

@@ -47,6 +47,8 @@ class AttachSideBranch(Pass):
                 "AttachSideBranch: the model has no classification head to join (no linear layer from features to classes "
                 "makes its output). Build it with num_classes > 0."
             )
+        if any(path == "side_branch" for path, _ in gm.named_children()):
+            raise PassError("AttachSideBranch: the model has a side branch already; apply the pass once.")
         taps = self._taps(gm)
         if not taps:
             raise PassError("AttachSideBranch: found no residual block with a known layout; there is nothing to read.")
@@ -80,7 +82,7 @@ class AttachSideBranch(Pass):
             channels, grid = layout.channels // self.reduction, (layout.height, layout.width)
             with gm.graph.inserting_after(output):
                 pool = ChannelAveragePool(path, layout.order, grid, layout.prefix, self.reduction)
-                node = call_inserted(gm, f"{name}.pool", pool, (output,), like=output)
+                node = call_inserted(gm, f"{name}.pool", pool, (output,))
             if previous is not None:
                 if before != (channels, grid):
                     transition = SideTransition((before[0], channels), before[1], grid, **factory)
@@ -111,7 +113,7 @@ def _widen_head(gm: fx.GraphModule, node: fx.Node, index: int, side: fx.Node, si
     features = node.args[0]
     pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), *([] if convolutional else [nn.Flatten()]))
     with gm.graph.inserting_before(node):
-        pooled = call_inserted(gm, f"side_branch.head_pool{index}", pool, (side,), like=side)
+        pooled = call_inserted(gm, f"side_branch.head_pool{index}", pool, (side,))
         joined = gm.graph.call_function(torch.cat, ([features, pooled], 1))
     gm.set_submodule(path, _wider(old, side_channels).train(gm.training))
     node.args = (joined,)

@@ -67,15 +67,15 @@ def free_path(gm: fx.GraphModule, parent: str, name: str) -> str:
     return path
 
 
-def call_inserted(gm: fx.GraphModule, path: str, module: nn.Module, args: tuple[Any, ...], like: fx.Node) -> fx.Node:
+def call_inserted(gm: fx.GraphModule, path: str, module: nn.Module, args: tuple[Any, ...], like: fx.Node | None = None) -> fx.Node:
     """Put `module` at `path` and call it at the present insertion point; it trains or not as the graph module does.
 
-    The new node's provenance is that of `like` and the path.
+    The new node's provenance is that of `like`, if it belongs where that stands, and the path.
     """
     gm.add_submodule(path, module.train(gm.training))
     node = gm.graph.call_module(path, args)
-    around = module_stack(like)
-    if like.op == "call_module" and around and around[-1][0] == like.target:
+    around = module_stack(like) if like is not None else []
+    if like is not None and like.op == "call_module" and around and around[-1][0] == like.target:
         around = around[:-1]
     node.meta["nn_module_stack"] = {place: (place, kind) for place, kind in [*around, (path, type(module))]}
     return node

@@ -115,6 +115,8 @@ class QuantizeNonParametric(Pass):
     def _replace_softmax(self, gm: fx.GraphModule, layer: NonParametric, held: list[SavedTensor]) -> str | None:
         if layer.options.get("dtype") is not None:
             return "changes the dtype"
+        if layer.options["dim"] is None:
+            return "has no explicit dimension"
         dim, rank = layer.options["dim"], len(_shape(layer.node))
         product = _product_with_values(gm, layer.node) if dim in (-1, rank - 1) else None
         if product is not None:

@@ -13,6 +13,7 @@ from s2a_fx.analysis.paper import paper_bytes
 from s2a_fx.analysis.peak import peak, timeline
 from s2a_fx.analysis.saved import is_activation, saved_tensors
 from s2a_fx.analysis.simulation import simulate
+from s2a_fx.errors import InputError
 from s2a_fx.fork_map import fork_map
 from s2a_fx.recipes import GraphPass, name_of, resolve
 from s2a_fx.report import Comparison, MemoryReport
@@ -69,6 +70,10 @@ def compare(
 
     The other arguments are those of `analyze`.
     """
+    recipes = [recipes] if isinstance(recipes, str) else list(recipes)
+    names = [name_of(recipe) for recipe in recipes]
+    if not recipes or len(set(names)) < len(names):
+        raise InputError(f"recipes: got {', '.join(names) or 'none'}, wanted at least one, each once.")
     for recipe in recipes:
         resolve(recipe)  # an unknown name is told before the work begins
     device_model(device)

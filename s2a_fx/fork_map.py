@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import TypeVar
 
+from s2a_fx.errors import S2AError
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -37,7 +39,10 @@ def fork_map(function: Callable[[Item], Result], items: Sequence[Item], jobs: in
     results: list[list[Result]] = []
     own = [function(item) for item in items[jobs - 1 :: jobs]]
     for child, receiver in children:
-        outcome = receiver.recv()
+        try:
+            outcome = receiver.recv()
+        except EOFError as error:
+            raise S2AError("a simulation's process was killed, most likely for want of memory; compare fewer recipes.") from error
         child.join()
         if isinstance(outcome, Exception):
             raise outcome

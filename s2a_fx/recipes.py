@@ -1,6 +1,7 @@
 """Recipes: named tuples of passes, applied left to right. A user's own recipe is a tuple like these."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 
 from torch import fx
@@ -49,5 +50,12 @@ def resolve(recipe: str | Sequence[GraphPass]) -> tuple[GraphPass, ...]:
 
 
 def name_of(recipe: str | Sequence[GraphPass]) -> str:
-    """A recipe's name, or the names of its passes joined by `+`."""
-    return recipe if isinstance(recipe, str) else "+".join(type(p).__name__ for p in recipe) or "full"
+    """A recipe's name, or its passes with the options that are not their defaults, joined by ` + `."""
+    return recipe if isinstance(recipe, str) else " + ".join(_pass_name(p) for p in recipe) or "full"
+
+
+def _pass_name(graph_pass: GraphPass) -> str:
+    if not is_dataclass(graph_pass):
+        return getattr(graph_pass, "__name__", type(graph_pass).__name__)
+    options = [(f.name, getattr(graph_pass, f.name)) for f in fields(graph_pass) if getattr(graph_pass, f.name) != f.default]
+    return f"{type(graph_pass).__name__}({', '.join(f'{name}={value!r}' for name, value in options)})"

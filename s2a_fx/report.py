@@ -12,7 +12,7 @@ from tabulate import tabulate
 
 from s2a_fx.analysis.notes import Note
 from s2a_fx.analysis.peak import KINDS, Moment
-from s2a_fx.analysis.saved import SavedTensor
+from s2a_fx.analysis.saved import SavedTensor, is_activation
 
 MB = 10**6
 
@@ -67,7 +67,7 @@ class MemoryReport:
     @property
     def activations(self) -> tuple[SavedTensor, ...]:
         """The rows that count as saved bytes."""
-        return tuple(row for row in self.saved if row.kind in ("activation", "input"))
+        return tuple(row for row in self.saved if is_activation(row))
 
     def __str__(self) -> str:
         return self.text()
@@ -86,7 +86,7 @@ class MemoryReport:
         by_op: Counter[str] = Counter()
         for row in self.activations:
             by_op[row.op] += row.bytes
-        lines = [(op, _mb(size), f"{100 * size / self.saved_bytes:.1f}") for op, size in by_op.most_common()]
+        lines = [(op, _mb(size), f"{100 * size / max(self.saved_bytes, 1):.1f}") for op, size in by_op.most_common()]
         return tabulate(lines, ("op", "MB", "%"), disable_numparse=True, colalign=("left", "right", "right"))
 
     def peak_table(self) -> str:

@@ -17,13 +17,14 @@ import copy
 import inspect
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from timm.layers import get_notrace_functions, get_notrace_modules
 from torch import fx, nn
+from torch.utils._pytree import tree_leaves
 
 from s2a_fx.analysis.fake import traced_inputs
 from s2a_fx.analysis.notes import add_note
@@ -54,7 +55,10 @@ def trace(model: nn.Module, example_inputs: torch.Tensor | Sequence[torch.Tensor
     owned = _share_weights(model)
     if isinstance(owned, fx.GraphModule) and _BASE_PARAMETERS in owned.meta:
         gm = owned
-        if all(_same_kind(t, v) for t, v in zip(inputs, traced_inputs(gm), strict=False)):
+        traced = traced_inputs(gm)
+        if len(inputs) != len(traced):
+            raise InputError(f"the graph takes {len(traced)} inputs, got {len(inputs)}; pass as many as it was traced with.")
+        if all(_same_kind(t, v) for t, v in zip(inputs, traced, strict=True)):
             return gm  # the shapes stand already
     else:
         try:
@@ -103,7 +107,13 @@ def _share_weights(model: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {id(b): b for b in model.buffers()}
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
-    return copy.deepcopy(model, memo)
+    try:
+        return copy.deepcopy(model, memo)
+    except RuntimeError as error:
+        raise InputError(
+            f"{type(model).__name__} holds tensors that cannot be copied ({_last_line(error)}). Remove what computes weights from "
+            "weights, such as weight_norm, or trace the model before its first forward."
+        ) from error
 
 
 @dataclass
@@ -178,6 +188,11 @@ def _input_names(forward: Callable[..., Any], arity: int) -> list[str]:
     parameters = list(inspect.signature(forward).parameters.values())[1:]
     positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     variadic = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    missing = [
+        p.name for p in parameters[arity:] if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.POSITIONAL_ONLY)
+    ]
+    if missing:
+        raise InputError(f"the model's forward also needs {', '.join(missing)}; give an example input for each.")
     if len(positional) < arity and not variadic:
         raise InputError(f"the model's forward takes {len(positional)} positional arguments, got {arity} example inputs.")
     return [positional[i] if i < len(positional) else f"input_{i}" for i in range(arity)]
@@ -212,6 +227,9 @@ def _last_line(error: BaseException) -> str:
 def _compare(train_graph: fx.Graph, eval_graph: fx.Graph) -> _Divergence:
     """Set the nodes which each module itself emits in train mode against those in eval mode."""
     found = _Divergence()
+    twins: dict[fx.Node, fx.Node] = {}  # node of the eval graph -> its counterpart
+    for owner_nodes in _paired(train_graph, eval_graph):
+        twins.update({b: a for a, b in owner_nodes})
     train_parts, eval_parts = _by_owner(train_graph), _by_owner(eval_graph)
     for owner in train_parts.keys() | eval_parts.keys():
         ours, theirs = train_parts.get(owner, []), eval_parts.get(owner, [])
@@ -219,7 +237,7 @@ def _compare(train_graph: fx.Graph, eval_graph: fx.Graph) -> _Divergence:
             found.leaves.add(owner)
             continue
         for a, b in zip(ours, theirs, strict=True):
-            differences = _differences(a, b)
+            differences = _differences(a, b, twins)
             if differences is None:
                 found.leaves.add(owner)
             elif differences:
@@ -241,27 +259,43 @@ def _by_owner(graph: fx.Graph) -> dict[str, list[fx.Node]]:
     return parts
 
 
-def _differences(a: fx.Node, b: fx.Node) -> tuple[Difference, ...] | None:
-    """The constants in which two calls differ; None where they differ in more than constants."""
+def _paired(train_graph: fx.Graph, eval_graph: fx.Graph) -> Iterator[list[tuple[fx.Node, fx.Node]]]:
+    """The nodes of either graph side by side, module by module; parameters and buffers by name."""
+    train_parts, eval_parts = _by_owner(train_graph), _by_owner(eval_graph)
+    for owner in train_parts.keys() & eval_parts.keys():
+        yield list(zip(train_parts[owner], eval_parts[owner], strict=False))
+    reads = {node.target: node for node in train_graph.nodes if node.op == "get_attr"}
+    yield [(reads[n.target], n) for n in eval_graph.nodes if n.op == "get_attr" and n.target in reads]
+
+
+def _differences(a: fx.Node, b: fx.Node, twins: dict[fx.Node, fx.Node]) -> tuple[Difference, ...] | None:
+    """The constants in which two calls differ; None where they differ in more than plain constants."""
     if len(a.args) != len(b.args) or a.kwargs.keys() != b.kwargs.keys():
         return None
     pairs: list[tuple[int | str, Any, Any]] = [(i, x, y) for i, (x, y) in enumerate(zip(a.args, b.args, strict=True))]
     pairs += [(key, a.kwargs[key], b.kwargs[key]) for key in a.kwargs]
     found = []
     for key, x, y in pairs:
-        if isinstance(x, fx.Node) != isinstance(y, fx.Node):
+        y = fx.node.map_arg(y, lambda node: twins.get(node, node))
+        if x == y and type(x) is type(y):
+            continue
+        if _holds_nodes(x) or _holds_nodes(y):
             return None
-        if isinstance(x, (bool, int, float, str, type(None))) and x != y:
-            found.append(Difference(key, x, y))
+        found.append(Difference(key, x, y))
     if found and a.op != "call_function":
         return None
     return tuple(found)
 
 
+def _holds_nodes(argument: Any) -> bool:
+    return any(isinstance(leaf, fx.Node) for leaf in tree_leaves(argument))
+
+
 def _insert_switch(gm: fx.GraphModule, name: str, differences: tuple[Difference, ...]) -> None:
     node = next(n for n in gm.graph.nodes if n.name == name)
     path = f"training_switches.{name}"
-    gm.add_submodule(path, TrainingSwitch(node.target, differences))
+    switch_module = TrainingSwitch(node.target, differences)
+    gm.add_submodule(path, switch_module.train(gm.get_submodule(owner_path(node)).training))
     with gm.graph.inserting_before(node):
         switch = gm.graph.call_module(path, node.args, node.kwargs)
     switch.meta = dict(node.meta)

@@ -141,3 +141,54 @@ def test_inputs_that_are_no_tensors_are_refused(vit, inputs):
 def test_image_of_another_size_is_refused(vit):
     with pytest.raises(s2a_fx.InputError, match="does not take inputs of shape"):
         s2a_fx.trace(vit[0], torch.randn(2, 3, 70, 70))
+
+
+def test_a_model_traced_in_eval_mode_stays_in_it():
+    model, x = Dropping().eval(), torch.randn(16, 8)
+    torch.testing.assert_close(s2a_fx.trace(model, x)(x), model(x), rtol=0, atol=0)
+
+
+class RewiresByMode(nn.Module):
+    """Between train and eval, another operand in one module and another nested constant in the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.operand, self.constant = _PicksOperand(), _PicksSize()
+
+    def forward(self, x):
+        return self.constant(self.operand(x))
+
+
+class _PicksOperand(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+
+    def forward(self, x):
+        p, q = self.a(x), self.b(x)
+        return (p if self.training else q) * 2
+
+
+class _PicksSize(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x):
+        return F.interpolate(self.a(x), size=(4, 4) if self.training else (8, 8))
+
+
+def test_modules_rewired_by_the_mode_still_switch():
+    model, x = RewiresByMode(), torch.randn(2, 3, 6, 6)
+    gm = s2a_fx.trace(model, x)
+    for mode in (True, False):
+        torch.testing.assert_close(gm.train(mode)(x), model.train(mode)(x), rtol=0, atol=0)
+
+
+def test_missing_inputs_are_named():
+    class TakesTwo(nn.Module):
+        def forward(self, x, y):
+            return x + y
+
+    with pytest.raises(s2a_fx.InputError, match="also needs y"):
+        s2a_fx.trace(TakesTwo(), torch.randn(2))

@@ -96,12 +96,13 @@ def test_unknown_recipe_names_the_near_ones(vit):
         s2a_fx.transform(*vit, recipe="bias-lrp")
 
 
-def test_fused_and_unfused_attention_train_alike(monkeypatch):
+def test_fused_and_unfused_attention_have_alike_gradients():
     outputs = []
     for fused in (True, False):
         model, x = small_model("vit")
         for block in model.blocks:
             block.attn.fused_attn = fused
         gm = s2a_fx.transform(model, x, "s2a-paper")
-        outputs.append(gm(x))
-    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-4, atol=1e-5)
+        F.cross_entropy(gm(x), torch.tensor([0, 1])).backward()
+        outputs.append(torch.cat([p.grad.flatten() for p in gm.parameters() if p.requires_grad]))
+    assert F.cosine_similarity(*outputs, dim=0) > 0.99

@@ -35,6 +35,7 @@ def test_optimizer_state_counts_from_the_start(vit):
 
 def test_own_optimizer_and_loss_are_simulated(vit):
     own = s2a_fx.analyze(*vit, optimizer=lambda p: torch.optim.AdamW(p, foreach=False), loss=lambda y: y.square().sum())
+    assert "loss: the given function" in own.assumptions
     assert own.peak.of("optimizer") == s2a_fx.analyze(*vit).peak.of("optimizer")
 
 

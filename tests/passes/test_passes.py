@@ -196,3 +196,58 @@ def test_trained_share_is_the_paper_s():
     assert count - norms == 771_820  # the formula, which leaves the side branch's normalization out
     assert 100 * (count - norms) / backbone == pytest.approx(0.8996, abs=1e-4)
     assert s2a_fx.compare(model, x, ["bias+lrp+lsb"]).reports[0].trainable_percent == pytest.approx(0.90, abs=0.01)
+
+
+def test_order_of_prompt_and_side_branch_does_not_matter(vit):
+    gm = s2a_fx.transform(*vit, (AttachSideBranch(), InsertLowRankPrompt(rank=2)))
+    assert sum(type(m).__name__ == "LowRankPrompt" for m in gm.modules()) == 3
+
+
+def test_a_second_side_branch_is_refused(vit):
+    with pytest.raises(s2a_fx.PassError, match="has a side branch already"):
+        s2a_fx.transform(*vit, (AttachSideBranch(), AttachSideBranch()))
+
+
+def test_prompt_stands_on_the_value_that_the_block_adds_to():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.f = nn.Linear(4, 4)
+
+        def forward(self, x, position):
+            shifted = position * 2
+            return x + self.f(x + shifted)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList([Block(), Block()])
+
+        def forward(self, x, position):
+            for block in self.blocks:
+                x = block(x, position)
+            return x
+
+    gm = s2a_fx.transform(Model(), (torch.randn(2, 9, 4), torch.randn(2, 9, 4)), (InsertLowRankPrompt(rank=2),))
+    prompts = [n for n in gm.graph.nodes if "low_rank_prompt" in str(n.target)]
+    assert [str(n.args[0]) for n in prompts] == ["x", "add_1"]
+
+
+def test_softmax_without_a_dimension_is_left_alone():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return torch.nn.functional.softmax(self.a(x))
+
+    gm = s2a_fx.transform(Model(), torch.randn(2, 3, 4), (QuantizeNonParametric(),))
+    assert [n.reason for n in notes_of(gm)] == ["has no explicit dimension"]
+
+
+def test_recipes_with_other_options_have_other_names(vit):
+    recipes = [(FreezeWeights(keep=("head",)),), (FreezeWeights(keep=("bias",)),)]
+    assert len(s2a_fx.compare(*vit, recipes).to_json()["recipes"]) == 2
+    with pytest.raises(s2a_fx.InputError, match="each once"):
+        s2a_fx.compare(*vit, ["full", "full"])

@@ -9,7 +9,7 @@ from s2a_fx.analysis.simulation import simulate
 
 
 def largest_batch(gm: fx.GraphModule, budget: int, limit: int = 65536, **options: object) -> int:
-    """The largest batch size up to `limit` whose step peaks at no more than `budget` bytes; 0 if not even one image fits.
+    """The largest batch size whose step peaks at no more than `budget` bytes, `limit` at most; 0 if not even one image fits.
 
     Args:
         gm: a traced graph.
@@ -24,10 +24,11 @@ def largest_batch(gm: fx.GraphModule, budget: int, limit: int = 65536, **options
 
 def _largest(peak_at: Callable[[int], int], budget: int, limit: int) -> int:
     """Close in on the budget along straight lines: a peak is the maximum of lines in the batch, so few steps are needed."""
-    low, low_peak = 1, peak_at(1)
-    if low_peak > budget:
-        return 0
     high, high_peak = 2, peak_at(2)
+    if high_peak > budget:  # one image is tried only where it decides: batch normalization may refuse it
+        return 1 if peak_at(1) <= budget else 0
+    low, low_peak, high = 2, high_peak, 4
+    high_peak = peak_at(high)
     while high_peak <= budget and high < limit:
         slope = max(high_peak - low_peak, 1) / (high - low)
         low, low_peak = high, high_peak

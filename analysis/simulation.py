@@ -36,7 +36,7 @@ class Place(NamedTuple):
 
 
 class Event(NamedTuple):
-    """`bytes` more (or, negative, fewer) live in `storage` from here on."""
+    """The allocator holds `bytes` more (or, negative, fewer) for `storage` from here on."""
 
     storage: int
     bytes: int
@@ -189,20 +189,20 @@ class _Ledger(TorchDispatchMode):
         storage = tensor.untyped_storage()
         pointer = storage._cdata
         if pointer not in self.live:
-            index = self._open(self.device.allocated(storage.nbytes()), kind)
+            index = self._open(storage.nbytes(), kind)
             self.live[pointer] = index
             weakref.finalize(storage, self._release, pointer)
         return self.live[pointer]
 
     def _open(self, nbytes: int, kind: str) -> int:
         self.storages.append(StorageRecord(nbytes, kind, self.place))
-        self.events.append(Event(len(self.storages) - 1, nbytes, self.place))
+        self.events.append(Event(len(self.storages) - 1, self.device.allocated(nbytes), self.place))
         return len(self.storages) - 1
 
     def _release(self, pointer: int) -> None:
         index = self.live.pop(pointer)
         if not self.closed:
-            self.events.append(Event(index, -self.storages[index].bytes, self.place))
+            self.events.append(Event(index, -self.device.allocated(self.storages[index].bytes), self.place))
 
     def close(self) -> None:
         """What is released from here on belongs to the simulation's own end."""
@@ -219,7 +219,7 @@ class _Ledger(TorchDispatchMode):
         scratch = self.device.scratch(func, args, result)
         if scratch:
             index = self._open(scratch, "temporary")
-            self.events.append(Event(index, -scratch, self.place))
+            self.events.append(Event(index, -self.device.allocated(scratch), self.place))
         return result
 
     def _node(self) -> str:

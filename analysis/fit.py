@@ -6,14 +6,20 @@ from torch import fx
 
 from s2a_fx.analysis.peak import peak, timeline
 from s2a_fx.analysis.simulation import simulate
+from s2a_fx.errors import InputError
+
+LIMIT = 65536
 
 
-def largest_batch(gm: fx.GraphModule, budget: int, limit: int = 65536, **options: object) -> int:
+def largest_batch(gm: fx.GraphModule, budget: int, limit: int = LIMIT, **options: object) -> int:
     """The largest batch size whose step peaks at no more than `budget` bytes, `limit` at most; 0 if not even one image fits.
 
     Args:
         gm: a traced graph.
         options: `device`, `optimizer` and `loss`, as in `simulate`.
+
+    Raises:
+        InputError: two images do not fit and the model cannot take one alone (batch normalization over a single value).
     """
 
     def peak_at(batch: int) -> int:
@@ -26,7 +32,10 @@ def _largest(peak_at: Callable[[int], int], budget: int, limit: int) -> int:
     """Close in on the budget along straight lines: a peak is the maximum of lines in the batch, so few steps are needed."""
     high, high_peak = 2, peak_at(2)
     if high_peak > budget:  # one image is tried only where it decides: batch normalization may refuse it
-        return 1 if peak_at(1) <= budget else 0
+        try:
+            return 1 if peak_at(1) <= budget else 0
+        except ValueError as error:
+            raise InputError(f"two images need {high_peak / 1e6:,.1f} MB, and the model refuses one alone: {error}.") from error
     low, low_peak, high = 2, high_peak, 4
     high_peak = peak_at(high)
     while high_peak <= budget and high < limit:

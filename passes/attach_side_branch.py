@@ -51,7 +51,10 @@ class AttachSideBranch(Pass):
             raise PassError("AttachSideBranch: the model has a side branch already; apply the pass once.")
         taps = self._taps(gm)
         if not taps:
-            raise PassError("AttachSideBranch: found no residual block with a known layout; there is nothing to read.")
+            raise PassError(
+                "AttachSideBranch: found no residual block with a known layout to read; "
+                "take a recipe without a side branch, such as bias."
+            )
         with building_like(a_weight(gm)) as factory:
             side, channels = self._grow(gm, taps, factory)
             for index, head in enumerate(heads):

@@ -13,7 +13,7 @@ from pathlib import Path
 from tabulate import tabulate
 
 from s2a_fx.analysis.device import device_model
-from s2a_fx.analysis.fit import largest_batch
+from s2a_fx.analysis.fit import LIMIT, largest_batch
 from s2a_fx.analysis.optimizer import OPTIMIZERS
 from s2a_fx.analyze import compare
 from s2a_fx.errors import InputError, S2AError
@@ -142,7 +142,8 @@ def _print_fit(options: argparse.Namespace) -> None:
     for recipe in dict.fromkeys([options.against, options.recipe]):
         gm = transform(model, example, recipe)
         batch = largest_batch(gm, options.fit, device=device_model(options.device), optimizer=options.optimizer)
-        print(f"{recipe}: {batch if batch else 'not even one image fits'}")
+        found = f"{LIMIT} or more" if batch == LIMIT else batch
+        print(f"{recipe}: {found or 'not even one image fits'}")
 
 
 def _passes(options: argparse.Namespace) -> None:

@@ -1,15 +1,35 @@
 """timm models by name, built on the meta device: no weights are allocated, none are downloaded."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any
 
 import timm
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from s2a_fx.errors import InputError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class _SchedulesOnCPU(TorchFunctionMode):
+    """Older timm constructors read numbers off a `torch.linspace`, which a meta tensor has none of."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.linspace:
+            kwargs["device"] = "cpu"
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def on_meta() -> Iterator[None]:
+    """Modules constructed inside have their weights on the meta device."""
+    with torch.device("meta"), _SchedulesOnCPU():
+        yield
 
 
 def timm_model(
@@ -37,7 +57,7 @@ def timm_model(
         hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() names them all."
         raise InputError(f"unknown model {name!r}; {hint}")
     options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
-    with torch.device("meta"):
+    with on_meta():
         model = timm.create_model(name, pretrained=False, **options)
         config: Any = model.pretrained_cfg
         if image_size is not None and config.get("fixed_input_size"):

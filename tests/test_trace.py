@@ -11,6 +11,7 @@ import s2a_fx
 from s2a_fx.analysis.notes import notes_of
 from s2a_fx.analysis.provenance import module_path
 from s2a_fx.nn.training_switch import TrainingSwitch
+from s2a_fx.zoo import timm_model
 
 
 def test_traced_model_computes_the_same(family):
@@ -87,9 +88,7 @@ def test_weights_share_their_storages(vit):
 
 
 def test_meta_model_allocates_nothing():
-    with torch.device("meta"):
-        model = timm.create_model("vit_giant_patch14_224")
-    gm = s2a_fx.trace(model, torch.empty(2, 3, 224, 224, device="meta"))
+    gm = s2a_fx.trace(*timm_model("vit_giant_patch14_224", batch_size=2))
     assert all(p.is_meta for p in gm.parameters())
 
 

@@ -45,7 +45,9 @@ def attention_kernel(
     return out, *uniform.encode(y.float(), bits), kept
 
 
-attention = torch.library.custom_op("s2a_fx::attention", attention_kernel, mutates_args=(), tags=torch.Tag.nondeterministic_seeded)
+attention = torch.library.custom_op(
+    "s2a_fx::attention", attention_kernel, mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,)
+)
 
 
 @attention.register_fake

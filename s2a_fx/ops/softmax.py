@@ -40,7 +40,7 @@ def softmax_matmul_kernel(
 
 softmax = torch.library.custom_op("s2a_fx::softmax", softmax_kernel, mutates_args=())
 softmax_matmul = torch.library.custom_op(
-    "s2a_fx::softmax_matmul", softmax_matmul_kernel, mutates_args=(), tags=torch.Tag.nondeterministic_seeded
+    "s2a_fx::softmax_matmul", softmax_matmul_kernel, mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,)
 )
 
 

@@ -37,18 +37,26 @@ def fork_map(function: Callable[[Item], Result], items: Sequence[Item], jobs: in
         sender.close()
         children.append((child, receiver))
     results: list[list[Result]] = []
-    own = [function(item) for item in items[jobs - 1 :: jobs]]
-    for child, receiver in children:
-        try:
-            outcome = receiver.recv()
-        except EOFError as error:
-            raise S2AError("a simulation's process was killed, most likely for want of memory; compare fewer recipes.") from error
-        child.join()
-        if isinstance(outcome, Exception):
-            raise outcome
-        results.append(outcome)
+    try:
+        own = [function(item) for item in items[jobs - 1 :: jobs]]
+        for _, receiver in children:
+            results.append(_received(receiver))
+    finally:  # after an error nobody reads a child's result: it would wait for ever to be rid of it
+        for child, _ in children:
+            child.kill()
+            child.join()
     results.append(own)
     return [results[index % jobs][index // jobs] for index in range(len(items))]
+
+
+def _received(receiver: Connection) -> list[Result]:
+    try:
+        outcome = receiver.recv()
+    except EOFError as error:
+        raise S2AError("a simulation's process was killed, most likely for want of memory; compare fewer recipes.") from error
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome  # type: ignore[no-any-return]
 
 
 def _work(function: Callable[[Item], Result], items: Sequence[Item], sender: Connection) -> None:

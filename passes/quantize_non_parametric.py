@@ -27,10 +27,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import fx, nn
 
-from s2a_fx.analysis.non_parametric import NonParametric, non_parametric
+from s2a_fx.analysis.non_parametric import NonParametric, dropout_probability, non_parametric
 from s2a_fx.analysis.notes import add_note
 from s2a_fx.analysis.provenance import owner_path
 from s2a_fx.analysis.saved import SavedTensor, is_activation, saved_tensors
@@ -43,7 +42,6 @@ from s2a_fx.nn.quantized import (
     QuantizedSoftmax,
     QuantizedSoftmaxMatmul,
 )
-from s2a_fx.nn.training_switch import TrainingSwitch
 from s2a_fx.ops.bits import BITS
 from s2a_fx.passes.base import Pass, call_inserted, free_path
 
@@ -155,7 +153,7 @@ def _product_with_values(gm: fx.GraphModule, softmax: fx.Node) -> tuple[fx.Node,
     node, dropout_p = softmax, 0.0
     while len(node.users) == 1:
         (user,) = node.users
-        drop = _dropout_probability(gm, user)
+        drop = dropout_probability(gm, user)
         if drop is not None:
             dropout_p = 1 - (1 - dropout_p) * (1 - drop) if not dropout_p or not drop else None  # type: ignore[assignment]
             if dropout_p is None:
@@ -166,21 +164,4 @@ def _product_with_values(gm: fx.GraphModule, softmax: fx.Node) -> tuple[fx.Node,
             return None
         value = user.args[1]
         return (user, value, dropout_p) if _shape(value)[:-2] == _shape(softmax)[:-2] else None
-    return None
-
-
-def _dropout_probability(gm: fx.GraphModule, node: fx.Node) -> float | None:
-    """p of a dropout that draws in train mode only, 0 for an identity; None for any other node."""
-    if node.op != "call_module":
-        return None
-    module: Any = gm.get_submodule(str(node.target))
-    if isinstance(module, nn.Identity):
-        return 0.0
-    if type(module) is nn.Dropout:
-        return module.p
-    if isinstance(module, TrainingSwitch) and module.function is F.dropout:
-        arguments = dict(zip(("input", "p", "training"), node.args, strict=False)) | dict(node.kwargs)
-        switched = {d.argument: (d.train, d.eval) for d in module.differences}
-        if switched.keys() <= {"training", 2} and next(iter(switched.values()), None) == (True, False):
-            return float(arguments.get("p", 0.5))  # type: ignore[arg-type]
     return None

@@ -1,0 +1,128 @@
+"""Recompute residual branches from the coded output of the norm that they begin with.
+
+    before  x -> norm -> qkv -> attention -> proj       keeps x, q, k, v, output, logsumexp
+    before  x -> norm -> fc1 -> GELU -> fc2             keeps x and GELU's input
+    after   RecomputedBranch(x)                         keeps x_hat = (x - mean) / sigma at `bits` an element
+
+What lies between a norm and the add is a function of x_hat: nothing else need be kept. The last linear layer is not run again.
+
+Leaves alone, with a note, branches that keep no more than the codes would take, and those that mix the batch (batch norm).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx, nn
+
+from s2a_fx.analysis.normalized_branches import NormalizedBranch, normalized_branches
+from s2a_fx.analysis.notes import add_note
+from s2a_fx.analysis.provenance import owner_path
+from s2a_fx.analysis.saved import is_activation, saved_tensors
+from s2a_fx.codecs.packing import MULTIPLE
+from s2a_fx.codecs.rows import Rows
+from s2a_fx.nn.recomputed_branch import GhostLinear, RecomputedBranch
+from s2a_fx.passes.base import Pass, call_inserted, free_path
+
+
+@dataclass(frozen=True)
+class RecomputeBranches(Pass):
+    """Recompute residual branches in the backward, from a few bits of their normalized input.
+
+    Args:
+        bits: per element of the normalized input, 1 to 8.
+        kinds: which branches: `attention` (those with a softmax or an attention), `mlp` (all others), or both.
+        widest: only branches of at most this many channels: the narrower, the less it costs to recompute a byte. 0 for all.
+        part_mb: the branch runs over as many images at a time as keep its widest tensor below this many MB; 0 for all at once.
+    """
+
+    bits: int = 6
+    kinds: tuple[str, ...] = ("attention", "mlp")
+    widest: int = 0
+    part_mb: int = 16
+
+    def __post_init__(self) -> None:
+        Rows(self.bits)
+
+    def rewrite(self, gm: fx.GraphModule) -> bool:
+        kept = {row.made_at: row.bytes for row in saved_tensors(gm) if is_activation(row)}
+        modified = False
+        for branch in normalized_branches(gm):
+            reason = self._refusal(branch, kept)
+            if reason:
+                add_note(gm, "RecomputeBranches", branch.norm.name, reason)
+            elif self._wanted(branch):
+                self._replace(gm, branch)
+                modified = True
+        return modified
+
+    def _wanted(self, branch: NormalizedBranch) -> bool:
+        width = branch.norm.meta["val"].shape[-1]
+        return _kind(branch) in self.kinds and (not self.widest or width <= self.widest)
+
+    def _refusal(self, branch: NormalizedBranch, kept: dict[str, int]) -> str | None:
+        value: torch.Tensor = branch.norm.meta["val"]
+        if value.shape[-1] % MULTIPLE:
+            return f"{value.shape[-1]} channels are not a multiple of {MULTIPLE}: codes could not be packed"
+        codes = Rows(self.bits).nbytes(value.shape[:-1].numel(), value.shape[-1])
+        now = sum(kept.get(n.name, 0) for n in (branch.norm, *branch.nodes))
+        if now <= codes:
+            return f"keeps {now / 1e6:,.1f} MB as it is; the codes would take {codes / 1e6:,.1f}"
+        return None
+
+    def _replace(self, gm: fx.GraphModule, branch: NormalizedBranch) -> None:
+        body, backward_body = _bodies(gm, branch)
+        module = RecomputedBranch(branch.rule, body, backward_body, self.bits, self._images(branch), branch.draws)
+        with gm.graph.inserting_before(branch.norm):
+            parameters = [name and gm.graph.get_attr(name) for name in (branch.weight, branch.bias)]
+            for node in parameters:
+                if isinstance(node, fx.Node):
+                    node.meta.update(branch.norm.meta)
+                    del node.meta["val"]
+        with gm.graph.inserting_before(branch.output):
+            path = free_path(gm, owner_path(branch.norm), f"{branch.norm.name}_branch".replace(".", "_"))
+            call = call_inserted(gm, path, module, (branch.source, *parameters, *branch.operands), like=branch.norm)
+        call.meta["val"] = branch.output.meta["val"]
+        branch.output.replace_all_uses_with(call)
+        for node in (*reversed(branch.nodes), branch.norm):
+            gm.graph.erase_node(node)
+
+    def _images(self, branch: NormalizedBranch) -> int:
+        if not self.part_mb or not branch.by_image:
+            return 0
+        batch = branch.norm.meta["val"].shape[0]
+        values = [n.meta["val"] for n in (branch.norm, *branch.nodes) if isinstance(n.meta["val"], torch.Tensor)]
+        widest = max(v.numel() * v.element_size() for v in values) / batch
+        return max(1, int(self.part_mb * 1e6 / widest))
+
+
+def _kind(branch: NormalizedBranch) -> str:
+    text = " ".join(f"{n.name} {n.target}" for n in branch.nodes).lower()
+    return "attention" if "softmax" in text or "attention" in text or "attn" in text else "mlp"
+
+
+def _bodies(gm: fx.GraphModule, branch: NormalizedBranch) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """The branch as a graph of its own, from the normalized input and the operands; and the one that the backward runs."""
+    graph = fx.Graph()
+    copies = {branch.norm: graph.placeholder("normalized")}
+    for index, operand in enumerate(branch.operands):
+        copies[operand] = graph.placeholder(f"operand_{index}")
+    for node in branch.nodes:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+        copies[node].meta = {}
+    graph.output(copies[branch.output])
+    body = fx.GraphModule(gm, graph, "Branch")
+    if branch.tail is None:
+        return body, body
+    ghost = fx.GraphModule(gm, fx.Graph(), "Branch")
+    backward_graph = fx.Graph()
+    renamed: dict[fx.Node, fx.Node] = {}
+    backward_graph.output(backward_graph.graph_copy(graph, renamed))
+    linear: nn.Module = gm.get_submodule(str(branch.tail.target))
+    ghost.graph = backward_graph
+    for node in backward_graph.nodes:
+        if node.op == "call_module" and node is not renamed[copies[branch.tail]]:
+            ghost.add_submodule(node.target, gm.get_submodule(node.target))
+    ghost.add_submodule("ghost_linear", GhostLinear(linear))  # type: ignore[arg-type]
+    renamed[copies[branch.tail]].target = "ghost_linear"
+    ghost.recompile()
+    return body, ghost

@@ -1,0 +1,76 @@
+"""Uniform quantization with one range a row: code = round((x - low) / step), low and step in bfloat16.
+
+A range of its own for each row (token, pixel, head) keeps the gradient where one range for the whole tensor loses it: layer norm's
+input at 4 bits has cosine .999 a row and .974 a tensor.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from s2a_fx.codecs.packing import MULTIPLE, pack, packed_width, unpack
+from s2a_fx.errors import InputError
+from s2a_fx.ops.fusion import fused
+
+Coded = tuple[torch.Tensor, torch.Tensor]
+
+
+def quantize(x: torch.Tensor, bits: int) -> Coded:
+    """Codes packed, uint8 (rows, width * bits / 8), and ranges (low, step), bfloat16 (rows, 2), of float32 `x` (rows, width)."""
+    low = x.amin(1, keepdim=True)
+    low = (low - low.abs() * 2**-8).bfloat16()  # down: bfloat16 rounds by less than this
+    span = (x.amax(1, keepdim=True) - low.float()) * ((1 + 2**-7) / (2**bits - 1))  # up, likewise
+    step = span.clamp_min(1e-30).bfloat16()
+    codes = ((x - low.float()) / step.float()).round().clamp(0, 2**bits - 1)
+    return pack(codes.to(torch.uint8), bits), torch.cat((low, step), 1)
+
+
+def dequantize(packed: torch.Tensor, ranges: torch.Tensor, bits: int) -> torch.Tensor:
+    """float32 (rows, width): what `quantize` was given, to within half a step."""
+    low, step = ranges.float().split(1, 1)
+    return unpack(packed, bits).float() * step + low
+
+
+@fused
+def encode_rows(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`quantize` of any floating (rows, width)."""
+    return quantize(x.float(), bits)
+
+
+@fused
+def decode_rows(packed: torch.Tensor, ranges: torch.Tensor, bits: int) -> torch.Tensor:
+    """`dequantize`."""
+    return dequantize(packed, ranges, bits)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Uniform codes of `bits` (1 to 8) an element, a range for each row of `width` elements (the last dimension)."""
+
+    bits: int
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.bits, int) or isinstance(self.bits, bool) or not 1 <= self.bits <= 8:
+            raise InputError(f"bits must be an integer from 1 to 8, got {self.bits!r}.")
+
+    def nbytes(self, rows: int, width: int) -> int:
+        """Bytes kept for (rows, width), ranges included."""
+        return rows * (packed_width(padded(width), self.bits) + 4)
+
+    def encode(self, x: torch.Tensor) -> Coded:
+        """Code `x` of shape (..., width), any floating dtype."""
+        flat = x.reshape(-1, x.shape[-1])
+        if flat.shape[1] % MULTIPLE:
+            flat = torch.nn.functional.pad(flat, (0, padded(flat.shape[1]) - flat.shape[1]), mode="replicate")
+        packed, ranges = encode_rows(flat.contiguous(), self.bits)
+        return packed, ranges
+
+    def decode(self, coded: Coded, shape: torch.Size, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """A tensor of `shape`, each element within half a step of what was coded."""
+        values = decode_rows(*coded, self.bits)[:, : shape[-1]]
+        return values.reshape(shape).to(dtype)
+
+
+def padded(width: int) -> int:
+    """The width of a row once it is padded for packing."""
+    return -(-width // MULTIPLE) * MULTIPLE

@@ -1,0 +1,225 @@
+"""A residual branch that keeps its normalized input in a few bits, and nothing else.
+
+    before  x -> norm -> linear -> ... -> linear     keeps x, the normalized x, q, k, v, the wide activations, ...
+    after   RecomputedBranch(x)                      keeps codes of x_hat and 1 / sigma; recomputes the rest in the backward
+
+The forward is exact. The backward decodes x_hat and runs the branch again up to its last linear layer, whose output no gradient
+needs. Both run over a few images at a time, so that the branch's wide tensors never stand in memory whole.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from s2a_fx.codecs.rows import Rows
+from s2a_fx.ops.normalize import normalize_backward, normalize_decode, normalize_encode
+
+
+@dataclass(frozen=True)
+class Norm:
+    """The normalization that a branch begins with: `centered` for layer norm, not for RMS norm; over the last dimension."""
+
+    eps: float
+    centered: bool = True
+
+    def __call__(
+        self, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The normalized x, and mean and 1 / sigma of each row, (rows, 1)."""
+        width = x.shape[-1]
+        if self.centered:
+            y, mean, rstd = torch.native_layer_norm(x, (width,), weight, bias, self.eps)
+            return y, mean.reshape(-1, 1).float(), rstd.reshape(-1, 1).float()
+        y = torch.nn.functional.rms_norm(x, (width,), weight, self.eps)
+        rstd = x.reshape(-1, width).float().square().mean(1, keepdim=True).add_(self.eps).rsqrt_()
+        return y, torch.zeros_like(rstd), rstd
+
+
+class RecomputedBranch(nn.Module):
+    """`body(norm(x), *operands)`, recomputed in the backward from `bits` an element of the normalized input.
+
+    Args:
+        norm: the normalization.
+        body: from the normalized input and the operands to the branch's output.
+        backward_body: the same with its last linear layer a `GhostLinear`; `body` again where there is none to spare.
+        bits: of the codes, 1 to 8.
+        images: how many images run at a time; 0 for all at once.
+        draws: whether the body may draw random numbers, which the backward must then draw again.
+
+    The modules that the bodies call stay registered where they are in the model: this module refers to them, and owns none.
+    """
+
+    def __init__(self, norm: Norm, body: fx.GraphModule, backward_body: fx.GraphModule, bits: int, images: int, draws: bool) -> None:
+        super().__init__()
+        self.norm = norm
+        self.__dict__["body"] = body  # not registered: its modules keep their one name in the state dict
+        self.__dict__["backward_body"] = backward_body
+        self.codec = Rows(bits)
+        self.images = images
+        self.draws = draws
+
+    def forward(
+        self, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, *operands: Any
+    ) -> torch.Tensor:
+        trained = [p for p in self.body.parameters() if p.requires_grad]
+        if not torch.is_grad_enabled() or not any(
+            isinstance(t, torch.Tensor) and t.requires_grad for t in (x, weight, bias, *operands, *trained)
+        ):
+            return self.body(self.norm(x, weight, bias)[0], *operands)  # type: ignore[no-any-return]
+        return _Recompute.apply(self, len(operands), x, weight, bias, *operands, *trained)  # type: ignore[no-any-return]
+
+    def extra_repr(self) -> str:
+        return f"{self.norm}, bits={self.codec.bits}, images={self.images}"
+
+
+class GhostLinear(nn.Module):
+    """A linear layer whose output's values nobody reads: the forward computes none, the backward is the linear layer's."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.__dict__["linear"] = linear
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        linear = self.__dict__["linear"]
+        return _Ghost.apply(x, linear.weight, linear.bias)  # type: ignore[no-any-return]
+
+
+class _Ghost(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        ctx.save_for_backward(x if weight.requires_grad else None, weight)
+        ctx.device, ctx.dtype = x.device.type, x.dtype
+        return x.new_empty(1).expand(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        grad_weight = None
+        if x is not None:
+            grad_weight = (grad.flatten(0, -2).mT @ x.flatten(0, -2).to(grad.dtype)).to(weight.dtype)
+        grad_bias = grad.flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[2] else None
+        return (grad @ weight.to(grad.dtype)).to(ctx.dtype), grad_weight, grad_bias
+
+
+class _Recompute(torch.autograd.Function):
+    saved_names = ("codes", "ranges", "rstd", "weight", "bias", "operand")
+
+    @staticmethod
+    def forward(ctx: Any, branch: RecomputedBranch, count: int, x: torch.Tensor, *tensors: Any) -> torch.Tensor:
+        weight, bias, *operands = tensors[: 2 + count]
+        ctx.branch, ctx.count, ctx.shape, ctx.dtype = branch, count, x.shape, x.dtype
+        ctx.autocast = _autocast_state(x.device.type)
+        ctx.random_state = _random_state(x.device) if branch.draws and not isinstance(x, FakeTensor) else None
+        out, codes = None, []
+        for start, part in _parts(x, branch.images):
+            y, mean, rstd = branch.norm(part, weight, bias)
+            packed, ranges = normalize_encode(part.reshape(-1, x.shape[-1]), mean, rstd, branch.codec.bits)
+            codes.append((packed, ranges, rstd))
+            ctx.normalized_dtype = y.dtype
+            result = branch.body(y, *operands)
+            del y
+            if part.shape[0] == x.shape[0]:
+                out = result
+            else:
+                out = result.new_empty(x.shape[0], *result.shape[1:]) if out is None else out
+                out[start : start + part.shape[0]] = result
+            del result
+        joined = codes[0] if len(codes) == 1 else tuple(torch.cat(pieces) for pieces in zip(*codes, strict=True))
+        ctx.save_for_backward(*joined, weight, bias, *(t for t in operands if isinstance(t, torch.Tensor)))
+        ctx.constants = [None if isinstance(t, torch.Tensor) else t for t in operands]
+        assert out is not None
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        branch: RecomputedBranch = ctx.branch
+        packed, ranges, rstd, weight, bias, *kept = ctx.saved_tensors
+        tensors = iter(kept)
+        operands = [next(tensors) if constant is None else constant for constant in ctx.constants]
+        operands = [t.detach().requires_grad_(t.requires_grad) if isinstance(t, torch.Tensor) else t for t in operands]
+        trained = [p for p in branch.body.parameters() if p.requires_grad]
+        leaves = [t for t in operands if isinstance(t, torch.Tensor) and t.requires_grad] + trained
+        totals: list[torch.Tensor | None] = [None] * len(leaves)
+        width, bits = ctx.shape[-1], branch.codec.bits
+        scale = torch.ones(1, width, device=grad.device) if weight is None else weight.detach().view(1, width)
+        shift = torch.zeros(1, width, device=grad.device) if bias is None else bias.detach().view(1, width)
+        grad_x = torch.empty(ctx.shape, dtype=ctx.dtype, device=grad.device) if ctx.needs_input_grad[2] else None
+        norm_totals: list[torch.Tensor | None] = [None, None]
+        rows_each = ctx.shape[1:-1].numel()
+        with _replayed(ctx.random_state, grad.device):
+            for start, part in _parts(grad, branch.images):
+                rows = slice(start * rows_each, (start + part.shape[0]) * rows_each)
+                y = normalize_decode(packed[rows], ranges[rows], scale, shift, bits, ctx.normalized_dtype)
+                y = y.view(part.shape[0], *ctx.shape[1:]).requires_grad_()
+                with torch.enable_grad(), _entered(ctx.autocast, grad.device.type):
+                    result = branch.backward_body(y, *operands)
+                grad_y, *grads = torch.autograd.grad(result, (y, *leaves), part, allow_unused=True)
+                del result
+                totals = [_sum(total, g) for total, g in zip(totals, grads, strict=True)]
+                grad_y = grad_y.reshape(-1, width)
+                if ctx.needs_input_grad[3]:
+                    unit = (y.detach().view(-1, width).float() - shift) / scale
+                    norm_totals[0] = _sum(norm_totals[0], (grad_y.float() * unit).sum(0).to(weight.dtype))
+                if ctx.needs_input_grad[4]:
+                    norm_totals[1] = _sum(norm_totals[1], grad_y.sum(0).to(bias.dtype))
+                del y
+                if grad_x is not None:
+                    grad_x[start : start + part.shape[0]] = normalize_backward(
+                        grad_y, packed[rows], ranges[rows], rstd[rows], scale, bits, branch.norm.centered, ctx.dtype
+                    ).view(part.shape[0], *ctx.shape[1:])
+        found = iter(totals)
+        of_operands = [next(found) if isinstance(t, torch.Tensor) and t.requires_grad else None for t in operands]
+        return None, None, grad_x, *norm_totals, *of_operands, *found
+
+
+def _parts(x: torch.Tensor, images: int) -> list[tuple[int, torch.Tensor]]:
+    """The tensor, `images` of its first dimension at a time, each part with where it starts."""
+    if not images or images >= x.shape[0]:
+        return [(0, x)]
+    return [(start, x[start : start + images]) for start in range(0, x.shape[0], images)]
+
+
+def _sum(total: torch.Tensor | None, term: torch.Tensor | None) -> torch.Tensor | None:
+    if total is None or term is None:
+        return term if total is None else total
+    return total + term
+
+
+def _autocast_state(device: str) -> tuple[bool, torch.dtype]:
+    return torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+
+
+def _entered(state: tuple[bool, torch.dtype], device: str) -> AbstractContextManager[Any]:
+    return torch.autocast(device, enabled=state[0], dtype=state[1])
+
+
+def _random_state(device: torch.device) -> Sequence[torch.Tensor]:
+    states = [torch.get_rng_state()]
+    return states if device.type != "cuda" else [*states, torch.cuda.get_rng_state(device)]
+
+
+class _replayed(AbstractContextManager[None]):  # noqa: N801  a context, named as one
+    """Draw again what was drawn after `states` were taken, and leave the generators as they were; None: nothing was drawn."""
+
+    def __init__(self, states: Sequence[torch.Tensor] | None, device: torch.device) -> None:
+        self.states, self.device = states, device
+
+    def __enter__(self) -> None:
+        if self.states is not None:
+            self.present = _random_state(self.device)
+            _set_random_state(self.states, self.device)
+
+    def __exit__(self, *error: Any) -> None:
+        if self.states is not None:
+            _set_random_state(self.present, self.device)
+
+
+def _set_random_state(states: Sequence[torch.Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)

@@ -1,0 +1,96 @@
+"""Lines of plain PyTorch that run as one kernel.
+
+    @fused
+    def scale(x: torch.Tensor, factor: float) -> torch.Tensor: ...
+
+makes the operator `s2a_fx::scale`. On CPU and CUDA its lines are compiled by Inductor (C++ or Triton) at the first call with these
+options and trailing dimensions; the first dimension of every tensor, the rows, stays dynamic. Where nothing can be compiled, and
+inside `eager()` or with `S2A_FX_COMPILE=0` in the environment, the same lines run as they stand and give the same bits.
+"""
+
+import functools
+import os
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+_enabled = os.environ.get("S2A_FX_COMPILE", "1") != "0"
+
+# Roundings to 16 bits inside a kernel are kept: without it a kernel computes on with the unrounded value, and the bits differ.
+_OPTIONS = {"emulate_precision_casts": True}
+
+LINES: dict[Any, Callable[..., Any]] = {}
+"""Fused operator -> its lines."""
+
+
+def compiling() -> bool:
+    """Whether the lines of fused operators are compiled."""
+    return _enabled
+
+
+@contextmanager
+def eager() -> Iterator[None]:
+    """Run the lines of fused operators uncompiled inside this context."""
+    global _enabled
+    before, _enabled = _enabled, False
+    try:
+        yield
+    finally:
+        _enabled = before
+
+
+def fused(lines: Callable[..., Any]) -> Callable[..., Any]:
+    """Make an operator of `lines`, whose tensors share their first dimension or have one row; other arguments are options."""
+    name = f"s2a_fx::{lines.__name__}"
+    schema = torch.library.infer_schema(lines, mutates_args=())
+
+    @functools.wraps(lines)
+    def run(*args: Any) -> Any:
+        if not _enabled:
+            return lines(*args)
+        options = tuple(tuple(a.shape[1:]) if isinstance(a, torch.Tensor) else a for a in args)
+        kernel = _kernel(lines, options)
+        tensors = [a for a in args if isinstance(a, torch.Tensor)]
+        for tensor in tensors:
+            if tensor.ndim and tensor.shape[0] > 1:
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        return kernel(*tensors)
+
+    operator = torch.library.custom_op(name, run, mutates_args=(), schema=schema)
+    operator.register_fake(lines)
+    LINES[operator._opoverload] = lines
+    return operator
+
+
+@functools.cache
+def _kernel(lines: Callable[..., Any], options: tuple[Any, ...]) -> Callable[..., Any]:
+    """The compiled form of `lines` for these options; falls back to the lines where compilation fails."""
+
+    def call(*tensors: torch.Tensor) -> Any:
+        given = iter(tensors)
+        return lines(*(next(given) if isinstance(option, tuple) else option for option in options))
+
+    # Dynamo caches by code object: one of its own for each set of options, or they would evict each other.
+    own = types.FunctionType(call.__code__.replace(), call.__globals__, lines.__name__, None, call.__closure__)
+    compiled = torch.compile(own, fullgraph=True, dynamic=False, options=_OPTIONS)
+    state = {"run": compiled}
+
+    def run(*tensors: torch.Tensor) -> Any:
+        try:
+            return state["run"](*tensors)
+        except (RuntimeError, ImportError, OSError) as error:
+            if state["run"] is call:
+                raise
+            warnings.warn(
+                f"{lines.__name__}: Inductor could not compile it ({str(error).splitlines()[0]}); it runs uncompiled, slower but "
+                "with the same result. S2A_FX_COMPILE=0 turns compilation off.",
+                stacklevel=2,
+            )
+            state["run"] = call
+            return call(*tensors)
+
+    return run

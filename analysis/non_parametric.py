@@ -137,3 +137,20 @@ def _from_table(entry: _Entry | None, call: _Call) -> NonParametric | None:
     operands = [call.argument(position, name) for position, name in enumerate(names)]
     nodes = tuple(operand for operand in operands if isinstance(operand, fx.Node))
     return NonParametric(kind, call.node, nodes, read_options(call))
+
+
+def dropout_probability(gm: fx.GraphModule, node: fx.Node) -> float | None:
+    """p of a dropout that draws in train mode only, 0 for an identity; None for any other node."""
+    if node.op != "call_module":
+        return None
+    module: Any = gm.get_submodule(str(node.target))
+    if isinstance(module, nn.Identity):
+        return 0.0
+    if type(module) is nn.Dropout:
+        return module.p
+    if isinstance(module, TrainingSwitch) and module.function is F.dropout:
+        arguments = dict(zip(("input", "p", "training"), node.args, strict=False)) | dict(node.kwargs)
+        switched = {d.argument: (d.train, d.eval) for d in module.differences}
+        if switched.keys() <= {"training", 2} and next(iter(switched.values()), None) == (True, False):
+            return float(arguments.get("p", 0.5))  # type: ignore[arg-type]
+    return None

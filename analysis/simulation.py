@@ -22,7 +22,7 @@ from s2a_fx.analysis.device import CPU, DeviceModel
 from s2a_fx.analysis.fake import fake_mode, fake_modules, fake_tensor, traced_inputs
 from s2a_fx.analysis.loss import default_loss, describe_loss
 from s2a_fx.analysis.optimizer import make_optimizer, stand_ins
-from s2a_fx.ops import KERNELS, SAVED
+from s2a_fx.ops import SAVED, lines_of
 
 _NODE = "s2a_fx.node"
 
@@ -210,9 +210,10 @@ class _Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         self.place = Place(self.place.phase, self._node(), _short_name(func))
-        if func in KERNELS:  # run the op's own lines, so that their temporaries are seen
+        lines = lines_of(func)
+        if lines is not None:  # run the op's own lines, so that their temporaries are seen
             with self:
-                return KERNELS[func](*args, **(kwargs or {}))
+                return lines(*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
         for tensor in _tensors(result):
             self.index_of(tensor)
@@ -278,7 +279,7 @@ class _Keeper:
                 continue
             function.metadata[_NODE] = node
             for attribute in self._saved_attributes(function):
-                self.naming = _operand_names(type(function).__name__, attribute)
+                self.naming = _operand_names(function, attribute)
                 getattr(function, attribute)
             self.naming = None
             stack += [f for f, _ in function.next_functions if f is not None and type(f).__name__ != "AccumulateGrad"]
@@ -296,8 +297,12 @@ class _Keeper:
         )
 
 
-def _operand_names(function: str, attribute: str) -> list[str]:
+def _operand_names(node: Any, attribute: str) -> list[str]:
     """What to call the tensors behind an attribute: `GeluBackward0.self`, or an operator of this package and its own words."""
+    function = type(node).__name__
+    saved_names = getattr(getattr(node, "_forward_cls", None), "saved_names", None)
+    if saved_names and attribute == "saved_tensors":
+        return [f"{function.strip('_').removesuffix('Backward')}.{name}" for name in saved_names]
     custom = re.fullmatch(r"GeneratedBackwardFor_s2a_fx_(\w+)_defaultBackward", function)
     if custom and attribute == "saved_tensors":
         return [f"{custom[1]}.{name}" for name in SAVED[custom[1]]]

@@ -24,7 +24,6 @@ Leaves alone, each time with a note:
 import operator
 import re
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx, nn

@@ -12,7 +12,7 @@ Leaves alone, with a note, branches that keep no more than the codes would take,
 from dataclasses import dataclass
 
 import torch
-from torch import fx, nn
+from torch import fx
 
 from s2a_fx.analysis.normalized_branches import NormalizedBranch, normalized_branches
 from s2a_fx.analysis.notes import add_note
@@ -20,8 +20,9 @@ from s2a_fx.analysis.provenance import owner_path
 from s2a_fx.analysis.saved import is_activation, saved_tensors
 from s2a_fx.codecs.packing import MULTIPLE
 from s2a_fx.codecs.rows import Rows
-from s2a_fx.nn.recomputed_branch import GhostLinear, RecomputedBranch
+from s2a_fx.nn.recomputed_branch import RecomputedBranch
 from s2a_fx.passes.base import Pass, call_inserted, free_path
+from s2a_fx.passes.subgraphs import lifted
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class RecomputeBranches(Pass):
         return None
 
     def _replace(self, gm: fx.GraphModule, branch: NormalizedBranch) -> None:
-        body, backward_body = _bodies(gm, branch)
+        body, backward_body = lifted(gm, branch.nodes, (branch.norm, *branch.operands), branch.tail)
         module = RecomputedBranch(branch.rule, body, backward_body, self.bits, self._images(branch), branch.draws)
         with gm.graph.inserting_before(branch.norm):
             parameters = [name and gm.graph.get_attr(name) for name in (branch.weight, branch.bias)]
@@ -98,31 +99,3 @@ class RecomputeBranches(Pass):
 def _kind(branch: NormalizedBranch) -> str:
     text = " ".join(f"{n.name} {n.target}" for n in branch.nodes).lower()
     return "attention" if "softmax" in text or "attention" in text or "attn" in text else "mlp"
-
-
-def _bodies(gm: fx.GraphModule, branch: NormalizedBranch) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """The branch as a graph of its own, from the normalized input and the operands; and the one that the backward runs."""
-    graph = fx.Graph()
-    copies = {branch.norm: graph.placeholder("normalized")}
-    for index, operand in enumerate(branch.operands):
-        copies[operand] = graph.placeholder(f"operand_{index}")
-    for node in branch.nodes:
-        copies[node] = graph.node_copy(node, copies.__getitem__)
-        copies[node].meta = {}
-    graph.output(copies[branch.output])
-    body = fx.GraphModule(gm, graph, "Branch")
-    if branch.tail is None:
-        return body, body
-    ghost = fx.GraphModule(gm, fx.Graph(), "Branch")
-    backward_graph = fx.Graph()
-    renamed: dict[fx.Node, fx.Node] = {}
-    backward_graph.output(backward_graph.graph_copy(graph, renamed))
-    linear: nn.Module = gm.get_submodule(str(branch.tail.target))
-    ghost.graph = backward_graph
-    for node in backward_graph.nodes:
-        if node.op == "call_module" and node is not renamed[copies[branch.tail]]:
-            ghost.add_submodule(node.target, gm.get_submodule(node.target))
-    ghost.add_submodule("ghost_linear", GhostLinear(linear))  # type: ignore[arg-type]
-    renamed[copies[branch.tail]].target = "ghost_linear"
-    ghost.recompile()
-    return body, ghost

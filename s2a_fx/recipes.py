@@ -8,7 +8,14 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
 from s2a_fx.errors import InputError
-from s2a_fx.passes import AttachSideBranch, FreezeWeights, InsertLowRankPrompt, QuantizeNonParametric
+from s2a_fx.passes import (
+    AttachSideBranch,
+    CompressActivations,
+    FreezeWeights,
+    InsertLowRankPrompt,
+    QuantizeNonParametric,
+    RecomputeBranches,
+)
 
 GraphPass = Callable[[fx.GraphModule], PassResult]
 
@@ -18,7 +25,13 @@ BIAS = (FreezeWeights(keep=("bias", "head")),)
 BIAS_LRP = (*BIAS, InsertLowRankPrompt(rank=30))
 BIAS_LRP_LSB = (*BIAS_LRP, AttachSideBranch(reduction=8))
 S2A_PAPER = (*BIAS_LRP_LSB, QuantizeNonParametric(bits=4))
-S2A = S2A_PAPER
+S2A = (
+    *BIAS_LRP_LSB,
+    RecomputeBranches(kinds=("attention",), bits=6),
+    RecomputeBranches(kinds=("mlp",), widest=256, bits=6),  # narrow layers: much to keep, little to recompute
+    CompressActivations(),
+)
+S2A_MAX = (*BIAS_LRP_LSB, RecomputeBranches(bits=6), CompressActivations())
 
 RECIPES: dict[str, tuple[GraphPass, ...]] = {
     "full": FULL,
@@ -28,6 +41,7 @@ RECIPES: dict[str, tuple[GraphPass, ...]] = {
     "bias+lrp+lsb": BIAS_LRP_LSB,
     "s2a-paper": S2A_PAPER,
     "s2a": S2A,
+    "s2a-max": S2A_MAX,
 }
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from s2a_fx.codecs.packing import MULTIPLE, pack, packed_width, unpack
+from s2a_fx.codecs.packing import pack, packed_width, unpack
 from s2a_fx.errors import InputError
 from s2a_fx.ops.fusion import fused
 
@@ -45,7 +45,7 @@ def decode_rows(packed: torch.Tensor, ranges: torch.Tensor, bits: int) -> torch.
 
 @dataclass(frozen=True)
 class Rows:
-    """Uniform codes of `bits` (1 to 8) an element, a range for each row of `width` elements (the last dimension)."""
+    """Uniform codes of `bits` (1 to 8) an element, a range for each row."""
 
     bits: int
 
@@ -55,22 +55,12 @@ class Rows:
 
     def nbytes(self, rows: int, width: int) -> int:
         """Bytes kept for (rows, width), ranges included."""
-        return rows * (packed_width(padded(width), self.bits) + 4)
+        return rows * (packed_width(width, self.bits) + 4)
 
     def encode(self, x: torch.Tensor) -> Coded:
-        """Code `x` of shape (..., width), any floating dtype."""
-        flat = x.reshape(-1, x.shape[-1])
-        if flat.shape[1] % MULTIPLE:
-            flat = torch.nn.functional.pad(flat, (0, padded(flat.shape[1]) - flat.shape[1]), mode="replicate")
-        packed, ranges = encode_rows(flat.contiguous(), self.bits)
-        return packed, ranges
+        """Codes and ranges of `x` (rows, width), any floating dtype; the width a multiple of 8."""
+        return encode_rows(x, self.bits)  # type: ignore[no-any-return]
 
-    def decode(self, coded: Coded, shape: torch.Size, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """A tensor of `shape`, each element within half a step of what was coded."""
-        values = decode_rows(*coded, self.bits)[:, : shape[-1]]
-        return values.reshape(shape).to(dtype)
-
-
-def padded(width: int) -> int:
-    """The width of a row once it is padded for packing."""
-    return -(-width // MULTIPLE) * MULTIPLE
+    def decode(self, coded: Coded) -> torch.Tensor:
+        """float32 (rows, width), each element within half a step of what was coded."""
+        return decode_rows(*coded, self.bits)  # type: ignore[no-any-return]

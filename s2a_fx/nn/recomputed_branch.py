@@ -7,8 +7,6 @@ The forward is exact. The backward decodes x_hat and runs the branch again up to
 needs. Both run over a few images at a time, so that the branch's wide tensors never stand in memory whole.
 """
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +15,8 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from s2a_fx.codecs.rows import Rows
-from s2a_fx.ops.normalize import normalize_backward, normalize_decode, normalize_encode
+from s2a_fx.nn.recompute import Replay, autocast_state, detached, entered, random_state
+from s2a_fx.ops.normalize import normalize_backward, normalize_decode, normalize_encode, normalized
 
 
 @dataclass(frozen=True)
@@ -31,13 +30,7 @@ class Norm:
         self, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The normalized x, and mean and 1 / sigma of each row, (rows, 1)."""
-        width = x.shape[-1]
-        if self.centered:
-            y, mean, rstd = torch.native_layer_norm(x, (width,), weight, bias, self.eps)
-            return y, mean.reshape(-1, 1).float(), rstd.reshape(-1, 1).float()
-        y = torch.nn.functional.rms_norm(x, (width,), weight, self.eps)
-        rstd = x.reshape(-1, width).float().square().mean(1, keepdim=True).add_(self.eps).rsqrt_()
-        return y, torch.zeros_like(rstd), rstd
+        return normalized(x, weight, bias, self.eps, self.centered)
 
 
 class RecomputedBranch(nn.Module):
@@ -46,7 +39,7 @@ class RecomputedBranch(nn.Module):
     Args:
         norm: the normalization.
         body: from the normalized input and the operands to the branch's output.
-        backward_body: the same with its last linear layer a `GhostLinear`; `body` again where there is none to spare.
+        backward_body: the same with its last linear layer a `Ghost`; `body` again where there is none to spare.
         bits: of the codes, 1 to 8.
         images: how many images run at a time; 0 for all at once.
         draws: whether the body may draw random numbers, which the backward must then draw again.
@@ -54,7 +47,9 @@ class RecomputedBranch(nn.Module):
     The modules that the bodies call stay registered where they are in the model: this module refers to them, and owns none.
     """
 
-    def __init__(self, norm: Norm, body: fx.GraphModule, backward_body: fx.GraphModule, bits: int, images: int, draws: bool) -> None:
+    def __init__(
+        self, norm: Norm, body: fx.GraphModule, backward_body: fx.GraphModule, bits: int, images: int, draws: bool
+    ) -> None:
         super().__init__()
         self.norm = norm
         self.__dict__["body"] = body  # not registered: its modules keep their one name in the state dict
@@ -63,58 +58,28 @@ class RecomputedBranch(nn.Module):
         self.images = images
         self.draws = draws
 
-    def forward(
-        self, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, *operands: Any
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, *operands: Any) -> torch.Tensor:
         trained = [p for p in self.body.parameters() if p.requires_grad]
         if not torch.is_grad_enabled() or not any(
             isinstance(t, torch.Tensor) and t.requires_grad for t in (x, weight, bias, *operands, *trained)
         ):
             return self.body(self.norm(x, weight, bias)[0], *operands)  # type: ignore[no-any-return]
-        return _Recompute.apply(self, len(operands), x, weight, bias, *operands, *trained)  # type: ignore[no-any-return]
+        return _RecomputedBranch.apply(self, len(operands), x, weight, bias, *operands, *trained)  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:
         return f"{self.norm}, bits={self.codec.bits}, images={self.images}"
 
 
-class GhostLinear(nn.Module):
-    """A linear layer whose output's values nobody reads: the forward computes none, the backward is the linear layer's."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.__dict__["linear"] = linear
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        linear = self.__dict__["linear"]
-        return _Ghost.apply(x, linear.weight, linear.bias)  # type: ignore[no-any-return]
-
-
-class _Ghost(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        ctx.save_for_backward(x if weight.requires_grad else None, weight)
-        ctx.device, ctx.dtype = x.device.type, x.dtype
-        return x.new_empty(1).expand(*x.shape[:-1], weight.shape[0])
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        x, weight = ctx.saved_tensors
-        grad_weight = None
-        if x is not None:
-            grad_weight = (grad.flatten(0, -2).mT @ x.flatten(0, -2).to(grad.dtype)).to(weight.dtype)
-        grad_bias = grad.flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[2] else None
-        return (grad @ weight.to(grad.dtype)).to(ctx.dtype), grad_weight, grad_bias
-
-
-class _Recompute(torch.autograd.Function):
+class _RecomputedBranch(torch.autograd.Function):
     saved_names = ("codes", "ranges", "rstd", "weight", "bias", "operand")
 
     @staticmethod
     def forward(ctx: Any, branch: RecomputedBranch, count: int, x: torch.Tensor, *tensors: Any) -> torch.Tensor:
         weight, bias, *operands = tensors[: 2 + count]
-        ctx.branch, ctx.count, ctx.shape, ctx.dtype = branch, count, x.shape, x.dtype
-        ctx.autocast = _autocast_state(x.device.type)
-        ctx.random_state = _random_state(x.device) if branch.draws and not isinstance(x, FakeTensor) else None
+        ctx.branch, ctx.shape, ctx.dtype = branch, x.shape, x.dtype
+        ctx.trained = tensors[2 + count :]
+        ctx.autocast = autocast_state(x.device.type)
+        ctx.random_state = random_state(x.device) if branch.draws and not isinstance(x, FakeTensor) else None
         out, codes = None, []
         for start, part in _parts(x, branch.images):
             y, mean, rstd = branch.norm(part, weight, bias)
@@ -141,8 +106,8 @@ class _Recompute(torch.autograd.Function):
         packed, ranges, rstd, weight, bias, *kept = ctx.saved_tensors
         tensors = iter(kept)
         operands = [next(tensors) if constant is None else constant for constant in ctx.constants]
-        operands = [t.detach().requires_grad_(t.requires_grad) if isinstance(t, torch.Tensor) else t for t in operands]
-        trained = [p for p in branch.body.parameters() if p.requires_grad]
+        operands = [detached(t) for t in operands]
+        trained = [p for p in ctx.trained if p.requires_grad]
         leaves = [t for t in operands if isinstance(t, torch.Tensor) and t.requires_grad] + trained
         totals: list[torch.Tensor | None] = [None] * len(leaves)
         width, bits = ctx.shape[-1], branch.codec.bits
@@ -151,12 +116,12 @@ class _Recompute(torch.autograd.Function):
         grad_x = torch.empty(ctx.shape, dtype=ctx.dtype, device=grad.device) if ctx.needs_input_grad[2] else None
         norm_totals: list[torch.Tensor | None] = [None, None]
         rows_each = ctx.shape[1:-1].numel()
-        with _replayed(ctx.random_state, grad.device):
+        with Replay(ctx.random_state, grad.device):
             for start, part in _parts(grad, branch.images):
                 rows = slice(start * rows_each, (start + part.shape[0]) * rows_each)
                 y = normalize_decode(packed[rows], ranges[rows], scale, shift, bits, ctx.normalized_dtype)
                 y = y.view(part.shape[0], *ctx.shape[1:]).requires_grad_()
-                with torch.enable_grad(), _entered(ctx.autocast, grad.device.type):
+                with torch.enable_grad(), entered(ctx.autocast, grad.device.type):
                     result = branch.backward_body(y, *operands)
                 grad_y, *grads = torch.autograd.grad(result, (y, *leaves), part, allow_unused=True)
                 del result
@@ -188,38 +153,3 @@ def _sum(total: torch.Tensor | None, term: torch.Tensor | None) -> torch.Tensor 
     if total is None or term is None:
         return term if total is None else total
     return total + term
-
-
-def _autocast_state(device: str) -> tuple[bool, torch.dtype]:
-    return torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-
-
-def _entered(state: tuple[bool, torch.dtype], device: str) -> AbstractContextManager[Any]:
-    return torch.autocast(device, enabled=state[0], dtype=state[1])
-
-
-def _random_state(device: torch.device) -> Sequence[torch.Tensor]:
-    states = [torch.get_rng_state()]
-    return states if device.type != "cuda" else [*states, torch.cuda.get_rng_state(device)]
-
-
-class _replayed(AbstractContextManager[None]):  # noqa: N801  a context, named as one
-    """Draw again what was drawn after `states` were taken, and leave the generators as they were; None: nothing was drawn."""
-
-    def __init__(self, states: Sequence[torch.Tensor] | None, device: torch.device) -> None:
-        self.states, self.device = states, device
-
-    def __enter__(self) -> None:
-        if self.states is not None:
-            self.present = _random_state(self.device)
-            _set_random_state(self.states, self.device)
-
-    def __exit__(self, *error: Any) -> None:
-        if self.states is not None:
-            _set_random_state(self.present, self.device)
-
-
-def _set_random_state(states: Sequence[torch.Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states[1], device)

@@ -14,6 +14,7 @@ import types
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -52,8 +53,7 @@ def fused(lines: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
         if not _enabled:
             return lines(*args)
-        options = tuple(tuple(a.shape[1:]) if isinstance(a, torch.Tensor) else a for a in args)
-        kernel = _kernel(lines, options)
+        kernel = _kernel(lines, tuple(_option(a) for a in args))
         tensors = [a for a in args if isinstance(a, torch.Tensor)]
         for tensor in tensors:
             if tensor.ndim and tensor.shape[0] > 1:
@@ -66,13 +66,27 @@ def fused(lines: Callable[..., Any]) -> Callable[..., Any]:
     return operator
 
 
+@dataclass(frozen=True)
+class _Tensor:
+    """Stands for a tensor argument: what of it a kernel is made for."""
+
+    trailing: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def _option(argument: Any) -> Any:
+    if isinstance(argument, torch.Tensor):
+        return _Tensor(tuple(argument.shape[1:]), argument.dtype)
+    return tuple(argument) if isinstance(argument, list) else argument
+
+
 @functools.cache
 def _kernel(lines: Callable[..., Any], options: tuple[Any, ...]) -> Callable[..., Any]:
     """The compiled form of `lines` for these options; falls back to the lines where compilation fails."""
 
     def call(*tensors: torch.Tensor) -> Any:
         given = iter(tensors)
-        return lines(*(next(given) if isinstance(option, tuple) else option for option in options))
+        return lines(*(next(given) if isinstance(option, _Tensor) else option for option in options))
 
     # Dynamo caches by code object: one of its own for each set of options, or they would evict each other.
     own = types.FunctionType(call.__code__.replace(), call.__globals__, lines.__name__, None, call.__closure__)

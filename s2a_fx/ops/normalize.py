@@ -46,3 +46,16 @@ def normalize_backward(
     if centered:
         g = g - g.mean(1, keepdim=True)
     return ((g - x_hat * along) * rstd).to(dtype)
+
+
+def normalized(
+    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float, centered: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Layer norm (`centered`) or RMS norm over the last dimension by torch's own kernel; mean and 1 / sigma, float32 (rows, 1)."""
+    width = x.shape[-1]
+    if centered:
+        y, mean, rstd = torch.native_layer_norm(x, (width,), weight, bias, eps)
+        return y, mean.reshape(-1, 1).float(), rstd.reshape(-1, 1).float()
+    y = torch.nn.functional.rms_norm(x, (width,), weight, eps)
+    rstd = x.reshape(-1, width).float().square().mean(1, keepdim=True).add_(eps).rsqrt_()
+    return y, torch.zeros_like(rstd), rstd

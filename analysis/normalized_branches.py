@@ -1,0 +1,237 @@
+"""Residual branches that begin with a normalization: what can be recomputed from the normalized input alone.
+
+    x -> norm -> ... -> (+ x)      the nodes from the norm to the last before the add, read from nowhere else
+
+A branch may read parameters, and what is made of parameters alone (a table of relative positions), from outside.
+"""
+
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from s2a_fx.analysis.non_parametric import dropout_probability
+from s2a_fx.nn.recomputed_branch import Norm
+
+_ADDS = (operator.add, operator.iadd, torch.add, "add", "add_")
+_VIEWS = ("view", "reshape", "permute", "transpose", "contiguous", "flatten", "unflatten", "squeeze", "unsqueeze")
+_VIEW_FUNCTIONS = (operator.getitem, torch.permute, torch.reshape, torch.flatten, torch.roll, torch.transpose)
+_TIMM_VIEWS = ("window_partition", "window_reverse", "window_partition_nchw", "window_reverse_nchw")
+_SCALES = (operator.mul, torch.mul, "mul", "mul_")
+_BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
+
+
+@dataclass(frozen=True)
+class NormalizedBranch:
+    """A branch that can be recomputed from its normalized input.
+
+    Attributes:
+        norm: the node that normalizes; `rule` is its arithmetic, `source` what it reads, `weight` and `bias` the names of its
+            parameters (None without).
+        nodes: the branch without the norm, in order; the last is its output.
+        operands: what it reads from outside: parameters and what is made of them, and sizes.
+        tail: its last linear layer, if only views follow it: its output's values are not needed to recompute.
+        draws: whether it may draw random numbers in train mode.
+        by_image: whether every image can run alone: no sizes are read from outside, nothing mixes the batch or draws.
+    """
+
+    norm: fx.Node
+    rule: Norm
+    source: fx.Node
+    weight: str | None
+    bias: str | None
+    nodes: tuple[fx.Node, ...]
+    operands: tuple[fx.Node, ...]
+    tail: fx.Node | None
+    draws: bool
+    by_image: bool
+
+    @property
+    def output(self) -> fx.Node:
+        return self.nodes[-1]
+
+
+def normalized_branches(gm: fx.GraphModule) -> tuple[NormalizedBranch, ...]:
+    """The branches, in the order in which they run; they do not overlap."""
+    order = {node: index for index, node in enumerate(gm.graph.nodes)}
+    dependent = _dependent(gm)
+    found: list[NormalizedBranch] = []
+    taken: set[fx.Node] = set()
+    for node in gm.graph.nodes:
+        if node not in taken and (branch := _branch(gm, node, order, dependent)):
+            found.append(branch)
+            taken.update(branch.nodes)
+    return tuple(found)
+
+
+def normalization(gm: fx.GraphModule, node: fx.Node) -> tuple[Norm, str | None, str | None] | None:
+    """The rule of a layer or RMS norm over the last dimension, and the names of its weight and bias; None for other nodes."""
+    if node.op == "call_function" and node.target in (F.layer_norm, F.rms_norm):
+        names = ("input", "normalized_shape", "weight", "bias", "eps")
+        if node.target is F.rms_norm:
+            names = ("input", "normalized_shape", "weight", "eps")
+        given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+        weight, bias, eps = given.get("weight"), given.get("bias"), given.get("eps")
+        parameters = [p for p in (weight, bias) if p is not None]
+        if len(given["normalized_shape"]) != 1 or eps is None or any(p.op != "get_attr" for p in parameters):  # type: ignore[arg-type, union-attr]
+            return None
+        targets = [None if p is None else str(p.target) for p in (weight, bias)]  # type: ignore[union-attr]
+        return Norm(float(eps), node.target is F.layer_norm), targets[0], targets[1]  # type: ignore[arg-type]
+    module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+    if type(module) is nn.LayerNorm and len(module.normalized_shape) == 1:
+        weight = f"{node.target}.weight" if module.weight is not None else None
+        bias = f"{node.target}.bias" if module.bias is not None else None
+        return Norm(module.eps), weight, bias
+    return None
+
+
+def _dependent(gm: fx.GraphModule) -> set[fx.Node]:
+    """The nodes whose value depends on the model's input."""
+    found: set[fx.Node] = set()
+    for node in gm.graph.nodes:
+        if node.op == "placeholder" or any(operand in found for operand in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def _holds_tensors(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return _is_tensor(node) or (isinstance(value, list | tuple) and any(isinstance(v, torch.Tensor) for v in value))
+
+
+def _branch(gm: fx.GraphModule, norm: fx.Node, order: dict[fx.Node, int], dependent: set[fx.Node]) -> NormalizedBranch | None:
+    described = normalization(gm, norm)
+    if described is None:
+        return None
+    region = _region(norm, order, dependent)
+    output = _output(gm, norm, region, order, dependent)
+    if output is None:
+        return None
+    inside = _ancestors(output, region)
+    nodes = tuple(sorted(inside - {norm}, key=order.__getitem__))
+    if any(_of_type(gm, n, _BATCH_NORMS) for n in nodes):
+        return None
+    operands = tuple(dict.fromkeys(o for n in nodes for o in n.all_input_nodes if o not in inside))
+    tail = _tail(gm, nodes, inside)
+    draws = any(_draws(gm, n) for n in nodes)
+    by_image = not any(o in dependent for o in operands) and norm.meta["val"].shape[0] == output.meta["val"].shape[0] and not draws
+    return NormalizedBranch(norm, described[0], norm.all_input_nodes[0], *described[1:], nodes, operands, tail, draws, by_image)
+
+
+def _region(norm: fx.Node, order: dict[fx.Node, int], dependent: set[fx.Node]) -> set[fx.Node]:
+    """All that is computed from the norm's output, parameters and sizes alone."""
+    region = {norm}
+    for node in list(order)[order[norm] + 1 :]:
+        operands = node.all_input_nodes
+        if node.op == "output" or not any(o in region for o in operands):
+            continue
+        if all(o in region or o not in dependent or not _holds_tensors(o) for o in operands):
+            region.add(node)
+    return region
+
+
+def _ancestors(output: fx.Node, region: set[fx.Node]) -> set[fx.Node]:
+    found, stack = {output}, [output]
+    while stack:
+        for operand in stack.pop().all_input_nodes:
+            if operand in region and operand not in found:
+                found.add(operand)
+                stack.append(operand)
+    return found
+
+
+def _output(
+    gm: fx.GraphModule, norm: fx.Node, region: set[fx.Node], order: dict[fx.Node, int], dependent: set[fx.Node]
+) -> fx.Node | None:
+    """The last node through which alone the region is read, less what follows it and keeps nothing; None if no add reads it."""
+    for node in sorted(region - {norm}, key=order.__getitem__, reverse=True):
+        inside = _ancestors(node, region)
+        if norm not in inside or not _is_tensor(node) or not _feeds_add(node, region):
+            continue
+        if all(user in inside for n in inside - {node} for user in n.users):
+            return _trimmed(gm, node, norm, dependent)
+    return None
+
+
+def _feeds_add(node: fx.Node, region: set[fx.Node]) -> bool:
+    """Whether every reader adds the node to another activation."""
+    return bool(node.users) and all(
+        user.target in _ADDS and any(o not in region and _is_tensor(o) for o in user.all_input_nodes) for user in node.users
+    )
+
+
+def _trimmed(gm: fx.GraphModule, node: fx.Node, norm: fx.Node, dependent: set[fx.Node]) -> fx.Node | None:
+    """Step back over dropouts, identities and scales: outside the branch they keep next to nothing, inside they would run twice."""
+    while node is not norm:
+        operands = [o for o in node.all_input_nodes if not _is_frozen(gm, o, dependent)]
+        if not _keeps_nothing(gm, node, dependent) or len(operands) != 1 or len(operands[0].users) != 1:
+            return node
+        node = operands[0]
+    return None
+
+
+def _keeps_nothing(gm: fx.GraphModule, node: fx.Node, dependent: set[fx.Node]) -> bool:
+    if node.op == "call_module":
+        module = gm.get_submodule(str(node.target))
+        frozen = not any(p.requires_grad for p in module.parameters())
+        return dropout_probability(gm, node) is not None or (type(module).__name__ in ("DropPath", "LayerScale") and frozen)
+    return node.target in _SCALES and any(_is_frozen(gm, o, dependent) for o in node.all_input_nodes)
+
+
+def _is_frozen(gm: fx.GraphModule, node: fx.Node, dependent: set[fx.Node]) -> bool:
+    """Whether a node is made of frozen parameters and buffers alone."""
+    if node.op == "get_attr":
+        return not _attribute(gm, str(node.target)).requires_grad
+    return node not in dependent and all(_is_frozen(gm, o, dependent) for o in node.all_input_nodes)
+
+
+def _attribute(gm: fx.GraphModule, target: str) -> torch.Tensor:
+    value: Any = gm
+    for name in target.split("."):
+        value = getattr(value, name)
+    return value  # type: ignore[no-any-return]
+
+
+def _tail(gm: fx.GraphModule, nodes: tuple[fx.Node, ...], inside: set[fx.Node]) -> fx.Node | None:
+    """The linear layer that only views follow, up to the branch's output."""
+    node = nodes[-1]
+    while True:
+        if _of_type(gm, node, (nn.Linear,)):
+            return node if len(node.users) == 1 or node is nodes[-1] else None
+        sources = [o for o in node.all_input_nodes if o in inside and _is_tensor(o)]
+        if len(sources) != 1 or not _is_view(gm, node) or any(u not in inside for u in sources[0].users):
+            return None
+        if len([u for u in sources[0].users if _holds_tensors(u)]) != 1:
+            return None
+        node = sources[0]
+
+
+def _is_view(gm: fx.GraphModule, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        return dropout_probability(gm, node) is not None
+    if node.op == "call_method":
+        return node.target in _VIEWS
+    return node.target in _VIEW_FUNCTIONS or getattr(node.target, "__name__", "") in _TIMM_VIEWS
+
+
+def _of_type(gm: fx.GraphModule, node: fx.Node, types: Iterable[type]) -> bool:
+    return node.op == "call_module" and isinstance(gm.get_submodule(str(node.target)), tuple(types))
+
+
+def _draws(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether the node may draw random numbers in train mode."""
+    if node.op == "call_module":
+        probability = dropout_probability(gm, node)
+        if probability is not None:
+            return probability > 0
+        return any(getattr(m, "drop_prob", 0) or getattr(m, "p", 0) for m in gm.get_submodule(str(node.target)).modules())
+    probability = node.kwargs.get("dropout_p") or node.kwargs.get("p")
+    return bool(probability)

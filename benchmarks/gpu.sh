@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# Everything that only a GPU can tell, in under ten minutes and without installing anything (torch, timm, tabulate; PEFT if it is there):
+#
+#     OUT=somewhere PYTHON=python3 bash benchmarks/gpu.sh
+#
+# kernels   operators that keep codes against the plain ones, float32 and bfloat16
+# step      memory and time of every method at batch 32, float32 and bfloat16; predicted peaks beside max_memory_allocated
+# peak      predicted against measured alone, on more families
+#
+# Writes $OUT/gpu-*.json. A stage that runs out of its seconds leaves the models that it had done. Without a GPU it goes through the
+# same stages with small models on the CPU, in three minutes at most.
+set -u
+cd "$(dirname "$0")/.."
+out=${OUT:-benchmarks/results}
+python=${PYTHON:-python3}
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+mkdir -p "$out"
+failed=0
+
+# stage NAME SECONDS SCRIPT OPTIONS...: the script's JSON becomes gpu-NAME.json
+stage() {
+    local name=$1 seconds=$2 script=$3 folder
+    shift 3
+    folder=$(mktemp -d)
+    echo "== $name: $script $*"
+    timeout "$seconds" "$python" "benchmarks/$script.py" "$@" --device "$device" --results "$folder" || {
+        echo "== $name: ended with status $? (124: out of its $seconds seconds)"
+        failed=1
+    }
+    if [ -f "$folder/$script.json" ]; then mv "$folder/$script.json" "$out/gpu-$name.json"; fi
+    rm -rf "$folder"
+}
+
+if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    device=cuda
+    stage kernels-float32 60 kernels --batch-size 32
+    stage kernels-bfloat16 60 kernels --batch-size 32 --dtype bfloat16
+    base=(--models vit_base_patch16_224 convnext_base swin_base_patch4_window7_224 --batch-size 32 --rounds 5)
+    stage step-float32 190 step "${base[@]}"
+    stage step-bfloat16 160 step "${base[@]}" --dtype bfloat16
+    stage peak 80 step --rounds 0 --batch-size 8 --methods full linear bias s2a-paper s2a \
+        --models resnet50 efficientnet_b0 convnextv2_atto pvt_v2_b0 regnety_002 davit_tiny
+else
+    device=cpu
+    export OMP_NUM_THREADS=1
+    methods=(--methods full bias bias+checkpoint s2a-paper)
+    stage kernels-float32 35 kernels --batch-size 1 --runs 2
+    stage kernels-bfloat16 30 kernels --batch-size 1 --runs 2 --dtype bfloat16
+    stage step-float32 45 step --models vit_tiny_patch16_224 --batch-size 2 --rounds 2 "${methods[@]}" lora
+    stage step-bfloat16 45 step --models vit_tiny_patch16_224 --batch-size 2 --rounds 2 "${methods[@]}" --dtype bfloat16
+    stage peak 25 step --models convnext_atto --batch-size 2 --rounds 0 --methods full bias s2a-paper
+fi
+ls -l "$out"/gpu-*.json
+exit $failed

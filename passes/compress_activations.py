@@ -1,0 +1,279 @@
+"""Keep what autograd keeps in a few bits, operator by operator.
+
+    before                                    keeps                  after                keeps
+    GELU, SiLU, Mish, sigmoid, ...            x or y, 32 bits        CodedActivation      4 bits: the bin of its derivative
+    ReLU, ReLU6, leaky ReLU, clamp, ...       y, 32 bits             MaskedActivation     1 bit, exact
+    dropout                                   a mask, 32 or 8 bits   CodedDropout         1 bit, exact
+    layer norm, RMS norm                      x, 32 bits             CodedLayerNorm       4 bits of x_hat, 1 / sigma a row
+    batch norm, group norm                    x, 32 bits             CodedBatchNorm, ...  8 bits of x
+    convolution with a frozen weight          x, 32 bits             FrozenConvolution    nothing, exact
+    a block of the side branch                five tensors           CodedInput           8 bits of its input
+    any other operator, trained layers too    its inputs, 32 bits    CodedInput           8 bits of its inputs
+
+A node is first tagged with its form and bits, `node.meta["s2a_fx.coding"]`; then the tagged nodes are replaced. What is left
+at full width, and why, stands in the notes that the report prints.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from s2a_fx.analysis.activations import activation
+from s2a_fx.analysis.non_parametric import dropout_probability
+from s2a_fx.analysis.normalized_branches import normalization
+from s2a_fx.analysis.notes import add_note
+from s2a_fx.analysis.provenance import module_stack, owner_path
+from s2a_fx.analysis.saved import SavedTensor, is_activation, saved_tensors
+from s2a_fx.codecs.packing import MULTIPLE
+from s2a_fx.codecs.rows import Rows
+from s2a_fx.nn.coded import CodedActivation, CodedDropout, CodedLayerNorm, FrozenConvolution, MaskedActivation
+from s2a_fx.nn.coded_input import CodedInput
+from s2a_fx.nn.lite_side_branch import LiteSideBlock
+from s2a_fx.ops.activation import BINNED
+from s2a_fx.passes.base import Pass, call_inserted, free_path
+from s2a_fx.passes.subgraphs import lifted
+
+CODING = "s2a_fx.coding"
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@dataclass(frozen=True)
+class Coding:
+    """How a node shall keep what it keeps: the `form` (a key of `FORMS`) and the bits an element."""
+
+    form: str
+    bits: int
+
+
+@dataclass(frozen=True)
+class CompressActivations(Pass):
+    """Keep what autograd keeps in a few bits.
+
+    Args:
+        activation_bits: of an activation's derivative, 1 to 8.
+        norm_bits: of a layer norm's or RMS norm's x_hat, 1 to 8.
+        input_bits: of all other inputs, 1 to 8.
+        smallest: nodes that keep fewer bytes than this are left alone.
+    """
+
+    activation_bits: int = 4
+    norm_bits: int = 4
+    input_bits: int = 8
+    smallest: int = 1 << 16
+
+    def __post_init__(self) -> None:
+        for bits in (self.activation_bits, self.norm_bits, self.input_bits):
+            Rows(bits)
+
+    def rewrite(self, gm: fx.GraphModule) -> bool:
+        blocks = _side_blocks(gm)
+        for nodes in blocks:
+            _replace_by_coded_input(gm, nodes, self.input_bits)
+        tagged = self.tag(gm)
+        for node in tagged:
+            FORMS[node.meta[CODING].form].replace(gm, node, node.meta[CODING].bits)
+        if tagged or blocks:
+            self._note_what_is_left(gm)
+        return bool(tagged or blocks)
+
+    def tag(self, gm: fx.GraphModule) -> list[fx.Node]:
+        """Write `node.meta["s2a_fx.coding"]` on every node that keeps an activation which a form serves; returns these nodes."""
+        rows = [row for row in saved_tensors(gm) if is_activation(row)]
+        kept: dict[str, int] = {}
+        for row in rows:
+            for name in {holder.node for holder in row.holders}:
+                kept[name] = kept.get(name, 0) + row.bytes
+        tagged = []
+        for node in gm.graph.nodes:
+            node.meta.pop(CODING, None)
+            if kept.get(node.name, 0) < self.smallest:
+                continue
+            form = next((name for name, form in FORMS.items() if form.serves(gm, node)), None)
+            if form is not None:
+                node.meta[CODING] = Coding(form, self._bits(form))
+                tagged.append(node)
+        return [node for node in tagged if self._pays(node, rows, tagged)]
+
+    def _bits(self, form: str) -> int:
+        return {"activation": self.activation_bits, "norm": self.norm_bits, "input": self.input_bits}.get(form, 1)
+
+    def _pays(self, node: fx.Node, rows: list[SavedTensor], tagged: list[fx.Node]) -> bool:
+        """Whether a storage goes once all tagged nodes are coded; exact forms never cost anything."""
+        names = {n.name for n in tagged}
+        freed = [
+            row.bytes for row in rows if any(h.node == node.name for h in row.holders) and all(h.node in names for h in row.holders)
+        ]
+        return bool(freed) or node.meta[CODING].form == "frozen_convolution"
+
+    def _note_what_is_left(self, gm: fx.GraphModule) -> None:
+        """Say which tensors autograd still keeps at full width."""
+        for row in saved_tensors(gm):
+            wide = row.dtype.is_floating_point and row.dtype is not torch.bfloat16
+            if is_activation(row) and wide and row.bytes >= self.smallest and not row.operand.startswith(_CODED):
+                add_note(gm, "CompressActivations", row.node, f"{row.operand} still kept at full width: no form serves {row.op}")
+
+
+_CODED = ("RecomputedBranch", "CodedInput", "layer_norm.", "binned.", "masked.")
+
+
+@dataclass(frozen=True)
+class Form:
+    """One row of the table: which nodes it serves, and how it replaces one."""
+
+    serves: Callable[[fx.GraphModule, fx.Node], bool]
+    replace: Callable[[fx.GraphModule, fx.Node, int], None]
+
+
+def _serves_binned(gm: fx.GraphModule, node: fx.Node) -> bool:
+    found = activation(gm, node)
+    return found is not None and found.name in BINNED
+
+
+def _serves_masked(gm: fx.GraphModule, node: fx.Node) -> bool:
+    found = activation(gm, node)
+    return found is not None and found.name not in BINNED
+
+
+def _replace_activation(gm: fx.GraphModule, node: fx.Node, bits: int) -> None:
+    found = activation(gm, node)
+    assert found is not None
+    module = CodedActivation(found.name, bits) if found.name in BINNED else MaskedActivation(found.name, found.options)
+    call = _substitute(gm, node, module, (found.operand,))
+    if found.inplace:  # later readers of the operand meant the overwritten one
+        found.operand.replace_all_uses_with(call, delete_user_cb=lambda user: user > call)
+
+
+def _serves_dropout(gm: fx.GraphModule, node: fx.Node) -> bool:
+    return bool(dropout_probability(gm, node))
+
+
+def _replace_dropout(gm: fx.GraphModule, node: fx.Node, bits: int) -> None:
+    probability = dropout_probability(gm, node)
+    assert probability is not None
+    _substitute(gm, node, CodedDropout(probability), (node.all_input_nodes[0],))
+
+
+def _serves_norm(gm: fx.GraphModule, node: fx.Node) -> bool:
+    return normalization(gm, node) is not None and node.meta["val"].shape[-1] % MULTIPLE == 0
+
+
+def _replace_norm(gm: fx.GraphModule, node: fx.Node, bits: int) -> None:
+    found = normalization(gm, node)
+    assert found is not None
+    rule, *names = found
+    with gm.graph.inserting_before(node):
+        parameters = [name and gm.graph.get_attr(name) for name in names]
+    _substitute(gm, node, CodedLayerNorm(rule.eps, rule.centered, bits), (node.all_input_nodes[0], *parameters))
+
+
+def _convolution(gm: fx.GraphModule, node: fx.Node) -> Any:
+    module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+    plain = type(module) in _CONVOLUTIONS and module.padding_mode == "zeros" and not isinstance(module.padding, str)  # type: ignore[union-attr]
+    return module if plain else None
+
+
+def _serves_frozen_convolution(gm: fx.GraphModule, node: fx.Node) -> bool:
+    module = _convolution(gm, node)
+    return module is not None and not module.weight.requires_grad
+
+
+def _replace_frozen_convolution(gm: fx.GraphModule, node: fx.Node, bits: int) -> None:
+    module = _convolution(gm, node)
+    with gm.graph.inserting_before(node):
+        weight = gm.graph.get_attr(f"{node.target}.weight")
+        bias = None if module.bias is None else gm.graph.get_attr(f"{node.target}.bias")
+    frozen = FrozenConvolution(module.stride, module.padding, module.dilation, module.groups)
+    _substitute(gm, node, frozen, (node.all_input_nodes[0], weight, bias))
+
+
+def _serves_input(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Any operator that is a function of tensors: no batch norm, which would count a batch twice, nothing in place, no view."""
+    value = node.meta.get("val")
+    inputs = [o.meta.get("val") for o in node.all_input_nodes]
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point() or not inputs:
+        return False
+    if node.op == "call_module":
+        modules = gm.get_submodule(str(node.target)).modules()
+        return not any(isinstance(m, nn.modules.batchnorm._BatchNorm | CodedInput) or _is_coded(m) for m in modules)
+    in_place = str(node.target).endswith("_") or bool(node.kwargs.get("inplace"))
+    return node.op in ("call_function", "call_method") and not in_place
+
+
+def _is_coded(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("s2a_fx.nn")
+
+
+def _replace_input(gm: fx.GraphModule, node: fx.Node, bits: int) -> None:
+    _replace_by_coded_input(gm, (node,), bits)
+
+
+def _replace_by_coded_input(gm: fx.GraphModule, nodes: tuple[fx.Node, ...], bits: int) -> None:
+    """Replace a run of nodes, the last of which is its output, by one `CodedInput`."""
+    inside = set(nodes)
+    outside = dict.fromkeys(o for n in nodes for o in n.all_input_nodes if o not in inside)
+    wide = [o for o in outside if o.op != "get_attr" and _is_float(o)]
+    operands = (*wide, *(o for o in outside if o not in wide))
+    body, backward_body = lifted(gm, nodes, operands, _ghost(gm, nodes[-1]))
+    module = CodedInput(body, backward_body, len(wide), bits, draws=_may_draw(gm, nodes))
+    with gm.graph.inserting_before(nodes[-1]):
+        path = free_path(gm, owner_path(nodes[-1]), f"{nodes[-1].name}_coded")
+        call = call_inserted(gm, path, module, operands, like=nodes[-1])
+    call.meta["val"] = nodes[-1].meta["val"]
+    nodes[-1].replace_all_uses_with(call)
+    for node in reversed(nodes):
+        gm.graph.erase_node(node)
+
+
+def _is_float(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def _ghost(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+    module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+    return node if isinstance(module, nn.Linear) or _convolution(gm, node) is not None else None
+
+
+def _may_draw(gm: fx.GraphModule, nodes: tuple[fx.Node, ...]) -> bool:
+    for node in nodes:
+        if node.op == "call_module":
+            if any("drop" in type(m).__name__.lower() for m in gm.get_submodule(str(node.target)).modules()):
+                return True
+        elif any("drop" in str(key) and value for key, value in node.kwargs.items()) or "drop" in str(node.target):
+            return True
+    return False
+
+
+FORMS: dict[str, Form] = {
+    "activation": Form(_serves_binned, _replace_activation),
+    "mask": Form(_serves_masked, _replace_activation),
+    "dropout": Form(_serves_dropout, _replace_dropout),
+    "norm": Form(_serves_norm, _replace_norm),
+    "frozen_convolution": Form(_serves_frozen_convolution, _replace_frozen_convolution),
+    "input": Form(_serves_input, _replace_input),
+}
+"""Form -> which nodes it serves and how; the first that serves a node is taken."""
+
+
+def _side_blocks(gm: fx.GraphModule) -> list[tuple[fx.Node, ...]]:
+    """The runs of nodes that the blocks of the side branch are made of."""
+    runs: dict[str, list[fx.Node]] = {}
+    for node in gm.graph.nodes:
+        for path, kind in module_stack(node):
+            if kind is LiteSideBlock:
+                runs.setdefault(path, []).append(node)
+    return [tuple(nodes) for nodes in runs.values() if len(nodes) > 1]
+
+
+def _substitute(gm: fx.GraphModule, node: fx.Node, module: nn.Module, operands: tuple[Any, ...]) -> fx.Node:
+    path = free_path(gm, owner_path(node), f"{node.name}_coded")
+    with gm.graph.inserting_before(node):
+        call = call_inserted(gm, path, module, operands, like=node)
+    call.meta["val"] = node.meta["val"]
+    node.replace_all_uses_with(call)
+    gm.graph.erase_node(node)
+    return call

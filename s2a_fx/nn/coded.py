@@ -1,0 +1,97 @@
+"""Layers that keep a few bits for the backward, one for each operator of the compression engine.
+
+Each computes exactly what the layer that it replaces computes. Where no gradient is needed it is that layer: nothing is coded.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from s2a_fx.ops import activation
+from s2a_fx.ops.dropout import dropout
+from s2a_fx.ops.frozen_convolution import frozen_convolution
+from s2a_fx.ops.layer_norm import layer_norm
+from s2a_fx.ops.normalize import normalized
+
+
+def _needs_grad(*tensors: torch.Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+class CodedActivation(nn.Module):
+    """An activation with a smooth derivative (`ops.activation.BINNED` names them) that keeps `bits` an element."""
+
+    def __init__(self, name: str, bits: int = 4) -> None:
+        super().__init__()
+        self.name, self.bits = name, bits
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return activation.binned(x, self.name, self.bits)[0] if _needs_grad(x) else activation.BINNED[self.name](x)
+
+    def extra_repr(self) -> str:
+        return f"{self.name}, bits={self.bits}"
+
+
+class MaskedActivation(nn.Module):
+    """An activation whose derivative has two values (`ops.activation.masked_rule` names them): one bit an element, exact."""
+
+    def __init__(self, name: str, options: tuple[float, ...] = ()) -> None:
+        super().__init__()
+        self.name, self.options = name, options
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if _needs_grad(x):
+            return activation.masked(x, self.name, list(self.options))[0]
+        return activation.masked_rule(self.name, list(self.options)).function(x)
+
+    def extra_repr(self) -> str:
+        return ", ".join([self.name, *map(str, self.options)])
+
+
+class CodedDropout(nn.Module):
+    """Dropout that keeps one bit an element; exact."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training and self.p > 0 and _needs_grad(x):
+            return dropout(x, self.p)[0]
+        return F.dropout(x, self.p, self.training)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"
+
+
+class CodedLayerNorm(nn.Module):
+    """Layer norm, or RMS norm (`centered` False), over the last dimension, that keeps `bits` an element and 1 / sigma a row."""
+
+    def __init__(self, eps: float, centered: bool = True, bits: int = 4) -> None:
+        super().__init__()
+        self.eps, self.centered, self.bits = eps, centered, bits
+
+    def forward(self, x: torch.Tensor, weight: torch.Tensor | None = None, bias: torch.Tensor | None = None) -> torch.Tensor:
+        if _needs_grad(x, weight, bias):
+            return layer_norm(x, weight, bias, self.eps, self.centered, self.bits)[0]
+        return normalized(x, weight, bias, self.eps, self.centered)[0]
+
+    def extra_repr(self) -> str:
+        return f"eps={self.eps}, centered={self.centered}, bits={self.bits}"
+
+
+class FrozenConvolution(nn.Module):
+    """A convolution whose weight is frozen: it keeps nothing. Exact."""
+
+    def __init__(self, stride: tuple[int, ...], padding: tuple[int, ...], dilation: tuple[int, ...], groups: int) -> None:
+        super().__init__()
+        self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
+
+    def forward(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        options = (list(self.stride), list(self.padding), list(self.dilation))
+        if weight.requires_grad:  # thawed since: the plain convolution trains it
+            return torch.convolution(x, weight, bias, *options, False, [0] * len(self.stride), self.groups)
+        return frozen_convolution(x, weight, bias, *options, self.groups)  # type: ignore[no-any-return]
+
+    def extra_repr(self) -> str:
+        return f"stride={self.stride}, padding={self.padding}, dilation={self.dilation}, groups={self.groups}"

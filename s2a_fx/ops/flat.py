@@ -1,0 +1,44 @@
+"""A tensor as rows of a fixed width, in the order in which it lies in memory: what elementwise codes are packed from."""
+
+import torch
+
+_WIDTHS = (1024, 64, 8)  # few, since a kernel is compiled for each; the last resort is the middle one, padded
+
+
+def width_of(numel: int) -> int:
+    """The width of the rows into which `numel` elements are laid."""
+    return next((w for w in _WIDTHS if numel % w == 0), 64)
+
+
+def row_count(numel: int) -> tuple[int, int]:
+    """The (rows, width) into which `numel` elements are laid."""
+    width = width_of(numel)
+    return -(-numel // width), width
+
+
+def rows(x: torch.Tensor, width: int = 0) -> torch.Tensor:
+    """`x` as (rows, width), a view where `x` is dense; its last element fills the last row up where the width does not divide."""
+    flat = _dense(x).reshape(-1)
+    width = width or width_of(flat.numel())
+    missing = -flat.numel() % width
+    if missing:
+        flat = torch.cat((flat, flat[-1:].expand(missing)))
+    return flat.view(-1, width)
+
+
+def restore(values: torch.Tensor, shape: torch.Size, channels_last: bool) -> torch.Tensor:
+    """The tensor of `shape` that `rows` were made of."""
+    flat = values.reshape(-1)[: shape.numel()]
+    if channels_last:
+        batch, channels, height, width = shape
+        return flat.view(batch, height, width, channels).permute(0, 3, 1, 2)
+    return flat.view(shape)
+
+
+def is_channels_last(x: torch.Tensor) -> bool:
+    """Whether `x` lies in memory channels last, and not contiguously."""
+    return x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def _dense(x: torch.Tensor) -> torch.Tensor:
+    return x.permute(0, 2, 3, 1) if is_channels_last(x) else x.contiguous()

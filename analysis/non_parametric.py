@@ -4,6 +4,7 @@ However a model spells them (module, function, method, ATen operator), `non_para
 with which options. One table for each spelling.
 """
 
+import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,6 +16,8 @@ from torch import fx, nn
 from s2a_fx.nn.training_switch import TrainingSwitch
 
 aten = torch.ops.aten
+
+_MATMULS = (operator.matmul, torch.matmul, torch.bmm, "matmul", "bmm", aten.matmul.default)
 
 
 @dataclass(frozen=True)
@@ -153,4 +156,23 @@ def dropout_probability(gm: fx.GraphModule, node: fx.Node) -> float | None:
         switched = {d.argument: (d.train, d.eval) for d in module.differences}
         if switched.keys() <= {"training", 2} and next(iter(switched.values()), None) == (True, False):
             return float(arguments.get("p", 0.5))  # type: ignore[arg-type]
+    return None
+
+
+def product_with_values(gm: fx.GraphModule, softmax: fx.Node) -> tuple[fx.Node, fx.Node, float] | None:
+    """The product, the values and the dropout's p in `dropout(softmax) @ values`; None where the map is read otherwise."""
+    node, dropout_p = softmax, 0.0
+    while len(node.users) == 1:
+        (user,) = node.users
+        drop = dropout_probability(gm, user)
+        if drop is not None:
+            dropout_p = 1 - (1 - dropout_p) * (1 - drop) if not dropout_p or not drop else None  # type: ignore[assignment]
+            if dropout_p is None:
+                return None
+            node = user
+            continue
+        if user.target not in _MATMULS or user.args[0] is not node or not isinstance(user.args[1], fx.Node):
+            return None
+        value = user.args[1]
+        return (user, value, dropout_p) if value.meta["val"].shape[:-2] == softmax.meta["val"].shape[:-2] else None
     return None

@@ -14,15 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from s2a_fx.analysis.non_parametric import dropout_probability
+from s2a_fx.analysis.non_parametric import dropout_probability, non_parametric
 from s2a_fx.nn.recomputed_branch import Norm
+from s2a_fx.nn.training_switch import TrainingSwitch
 
 _ADDS = (operator.add, operator.iadd, torch.add, "add", "add_")
 _VIEWS = ("view", "reshape", "permute", "transpose", "contiguous", "flatten", "unflatten", "squeeze", "unsqueeze")
 _VIEW_FUNCTIONS = (operator.getitem, torch.permute, torch.reshape, torch.flatten, torch.roll, torch.transpose)
 _TIMM_VIEWS = ("window_partition", "window_reverse", "window_partition_nchw", "window_reverse_nchw")
 _SCALES = (operator.mul, torch.mul, "mul", "mul_")
-_BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
+_RUN_ONCE = (nn.modules.batchnorm._BatchNorm, nn.RReLU)
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,8 @@ class NormalizedBranch:
         norm: the node that normalizes; `rule` is its arithmetic, `source` what it reads, `weight` and `bias` the names of its
             parameters (None without).
         nodes: the branch without the norm, in order; the last is its output.
-        operands: what it reads from outside: parameters and what is made of them, and sizes.
+        operands: what it reads from outside: parameters, what is made of them for others too, and sizes.
         tail: its last linear layer, if only views follow it: its output's values are not needed to recompute.
-        draws: whether it may draw random numbers in train mode.
         by_image: whether every image can run alone: no sizes are read from outside, nothing mixes the batch or draws.
     """
 
@@ -47,7 +47,6 @@ class NormalizedBranch:
     nodes: tuple[fx.Node, ...]
     operands: tuple[fx.Node, ...]
     tail: fx.Node | None
-    draws: bool
     by_image: bool
 
     @property
@@ -58,7 +57,7 @@ class NormalizedBranch:
 def normalized_branches(gm: fx.GraphModule) -> tuple[NormalizedBranch, ...]:
     """The branches, in the order in which they run; they do not overlap."""
     order = {node: index for index, node in enumerate(gm.graph.nodes)}
-    dependent = _dependent(gm)
+    dependent = dependent_nodes(gm)
     found: list[NormalizedBranch] = []
     taken: set[fx.Node] = set()
     for node in gm.graph.nodes:
@@ -71,9 +70,8 @@ def normalized_branches(gm: fx.GraphModule) -> tuple[NormalizedBranch, ...]:
 def normalization(gm: fx.GraphModule, node: fx.Node) -> tuple[Norm, str | None, str | None] | None:
     """The rule of a layer or RMS norm over the last dimension, and the names of its weight and bias; None for other nodes."""
     if node.op == "call_function" and node.target in (F.layer_norm, F.rms_norm):
-        names = ("input", "normalized_shape", "weight", "bias", "eps")
-        if node.target is F.rms_norm:
-            names = ("input", "normalized_shape", "weight", "eps")
+        biased = ("bias",) if node.target is F.layer_norm else ()
+        names = ("input", "normalized_shape", "weight", *biased, "eps")
         given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
         weight, bias, eps = given.get("weight"), given.get("bias"), given.get("eps")
         parameters = [p for p in (weight, bias) if p is not None]
@@ -89,7 +87,7 @@ def normalization(gm: fx.GraphModule, node: fx.Node) -> tuple[Norm, str | None, 
     return None
 
 
-def _dependent(gm: fx.GraphModule) -> set[fx.Node]:
+def dependent_nodes(gm: fx.GraphModule) -> set[fx.Node]:
     """The nodes whose value depends on the model's input."""
     found: set[fx.Node] = set()
     for node in gm.graph.nodes:
@@ -116,14 +114,15 @@ def _branch(gm: fx.GraphModule, norm: fx.Node, order: dict[fx.Node, int], depend
     if output is None:
         return None
     inside = _ancestors(output, region)
+    inside |= _made_of_parameters(inside, order, dependent)
     nodes = tuple(sorted(inside - {norm}, key=order.__getitem__))
-    if any(_of_type(gm, n, _BATCH_NORMS) for n in nodes):
+    if any(_of_type(gm, n, _RUN_ONCE) for n in nodes):
         return None
     operands = tuple(dict.fromkeys(o for n in nodes for o in n.all_input_nodes if o not in inside))
     tail = _tail(gm, nodes, inside)
     draws = any(_draws(gm, n) for n in nodes)
     by_image = not any(o in dependent for o in operands) and norm.meta["val"].shape[0] == output.meta["val"].shape[0] and not draws
-    return NormalizedBranch(norm, described[0], norm.all_input_nodes[0], *described[1:], nodes, operands, tail, draws, by_image)
+    return NormalizedBranch(norm, described[0], norm.all_input_nodes[0], *described[1:], nodes, operands, tail, by_image)
 
 
 def _region(norm: fx.Node, order: dict[fx.Node, int], dependent: set[fx.Node]) -> set[fx.Node]:
@@ -145,6 +144,17 @@ def _ancestors(output: fx.Node, region: set[fx.Node]) -> set[fx.Node]:
             if operand in region and operand not in found:
                 found.add(operand)
                 stack.append(operand)
+    return found
+
+
+def _made_of_parameters(inside: set[fx.Node], order: dict[fx.Node, int], dependent: set[fx.Node]) -> set[fx.Node]:
+    """What is made of parameters for these nodes alone: cheaper to make again than to keep."""
+    found: set[fx.Node] = set()
+    for node in reversed(order):
+        if node in dependent or node.op == "get_attr" or not node.users:
+            continue
+        if all(user in inside or user in found for user in node.users):
+            found.add(node)
     return found
 
 
@@ -227,11 +237,18 @@ def _of_type(gm: fx.GraphModule, node: fx.Node, types: Iterable[type]) -> bool:
 
 
 def _draws(gm: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether the node may draw random numbers in train mode."""
+    """Whether the node may draw random numbers in train mode: then its parts would not draw what the whole draws."""
     if node.op == "call_module":
         probability = dropout_probability(gm, node)
         if probability is not None:
             return probability > 0
-        return any(getattr(m, "drop_prob", 0) or getattr(m, "p", 0) for m in gm.get_submodule(str(node.target)).modules())
-    probability = node.kwargs.get("dropout_p") or node.kwargs.get("p")
-    return bool(probability)
+        modules = list(gm.get_submodule(str(node.target)).modules())
+        return any(isinstance(m, TrainingSwitch) or _drops(m) for m in modules)
+    layer = non_parametric(gm, node)
+    if layer is not None and layer.kind == "attention":
+        return bool(layer.options["dropout_p"])
+    return "rand" in str(node.target) or bool(node.kwargs.get("dropout_p") or node.kwargs.get("p"))
+
+
+def _drops(module: nn.Module) -> bool:
+    return any(getattr(module, name, 0) for name in ("p", "drop_prob", "dropout"))

@@ -5,7 +5,8 @@ Counted, each in 4-byte elements at the traced batch size:
 1. all parameters, once, trained or not;
 2. the input of every linear, convolution and normalization layer whose weight trains, eq. (2);
 3. the input of every GELU, SiLU and ReLU and the map of every softmax through which a gradient flows, eq. (7) to (12); of a
-   quantized one, `bits` instead of 32 bits an element.
+   quantized one, `bits` instead of 32 bits an element;
+4. the codes of the compression engine's layers, which the paper does not know, norms and attention included.
 
 The paper leaves out: q, k and v of the attention's products; what a frozen normalization or convolution keeps; the side branch's
 normalization and activation; the low-rank prompt; gradients, optimizer state and temporaries. The `saved` and `peak` figures
@@ -22,6 +23,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from s2a_fx.analysis.non_parametric import non_parametric
 from s2a_fx.analysis.provenance import module_stack
+from s2a_fx.nn.coded import CodedActivation, CodedLayerNorm, MaskedActivation
+from s2a_fx.nn.coded_input import CodedInput
 from s2a_fx.nn.lite_side_branch import LiteSideBlock
 from s2a_fx.nn.quantized import (
     QuantizedAttention,
@@ -31,6 +34,7 @@ from s2a_fx.nn.quantized import (
     QuantizedSoftmax,
     QuantizedSoftmaxMatmul,
 )
+from s2a_fx.nn.recomputed_branch import RecomputedBranch
 
 _PARAMETRIC_MODULES = (nn.Linear, _ConvNd, nn.LayerNorm, nn.GroupNorm, _BatchNorm)
 _PARAMETRIC_FUNCTIONS = (F.linear, F.conv2d, F.layer_norm, F.group_norm, F.batch_norm)
@@ -43,7 +47,7 @@ def paper_bytes(gm: fx.GraphModule) -> int:
     for node in gm.graph.nodes:
         if _trains_its_weight(gm, node) and not _normalizes_side_branch(gm, node):
             total += _elements(node.all_input_nodes[0]) * 32
-        elif node in flows and not _in_side_branch(node):
+        elif node in flows and (not _in_side_branch(node) or _is_coded_input(gm, node)):
             total += _kept_bits(gm, node)
     return total // 8
 
@@ -77,6 +81,10 @@ def _in_side_branch(node: fx.Node) -> bool:
     return any(kind is LiteSideBlock for _, kind in module_stack(node))
 
 
+def _is_coded_input(gm: fx.GraphModule, node: fx.Node) -> bool:
+    return node.op == "call_module" and isinstance(gm.get_submodule(str(node.target)), CodedInput)
+
+
 def _normalizes_side_branch(gm: fx.GraphModule, node: fx.Node) -> bool:
     return _in_side_branch(node) and not isinstance(gm.get_submodule(str(node.target)), _ConvNd)
 
@@ -92,6 +100,14 @@ def _kept_bits(gm: fx.GraphModule, node: fx.Node) -> int:
         return _elements(node)
     if isinstance(module, QuantizedAttention):
         return _map_elements(*node.all_input_nodes[:2]) * module.bits
+    if isinstance(module, CodedInput):
+        return sum(_elements(operand) for operand in node.all_input_nodes[: module.activations]) * module.codec.bits
+    if isinstance(module, RecomputedBranch):
+        return _elements(node.all_input_nodes[0]) * module.codec.bits
+    if isinstance(module, MaskedActivation):
+        return _elements(node.all_input_nodes[0])
+    if isinstance(module, (CodedActivation, CodedLayerNorm)):
+        return _elements(node.all_input_nodes[0]) * module.bits
     if isinstance(module, (QuantizedGELU, QuantizedSiLU, QuantizedSoftmax, QuantizedSoftmaxMatmul)):
         return _elements(node.all_input_nodes[0]) * module.bits
     return 0

@@ -4,6 +4,7 @@ from s2a_fx.passes.attach_side_branch import AttachSideBranch
 from s2a_fx.passes.base import Pass
 from s2a_fx.passes.compress_activations import CompressActivations
 from s2a_fx.passes.freeze_weights import FreezeWeights
+from s2a_fx.passes.fuse_attention import FuseAttention
 from s2a_fx.passes.insert_low_rank_prompt import InsertLowRankPrompt
 from s2a_fx.passes.quantize_non_parametric import QuantizeNonParametric
 from s2a_fx.passes.recompute_branches import RecomputeBranches
@@ -13,6 +14,7 @@ PASSES: tuple[type[Pass], ...] = (
     InsertLowRankPrompt,
     AttachSideBranch,
     QuantizeNonParametric,
+    FuseAttention,
     RecomputeBranches,
     CompressActivations,
 )
@@ -23,6 +25,7 @@ __all__ = [
     "AttachSideBranch",
     "CompressActivations",
     "FreezeWeights",
+    "FuseAttention",
     "InsertLowRankPrompt",
     "Pass",
     "QuantizeNonParametric",

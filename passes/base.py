@@ -6,6 +6,7 @@ writes down with `add_note`.
 """
 
 import abc
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -65,6 +66,11 @@ def free_path(gm: fx.GraphModule, parent: str, name: str) -> str:
         path = f"{wanted}_{count}"
         count += 1
     return path
+
+
+def snake_case(kind: type) -> str:
+    """The name of a class in lower case, its words joined by underscores: `CodedLayerNorm` -> `coded_layer_norm`."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", kind.__name__).lower()
 
 
 def call_inserted(gm: fx.GraphModule, path: str, module: nn.Module, args: tuple[Any, ...], like: fx.Node | None = None) -> fx.Node:

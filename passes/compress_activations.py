@@ -8,13 +8,15 @@
     batch norm, group norm                    x, 32 bits             CodedBatchNorm, ...  8 bits of x
     convolution with a frozen weight          x, 32 bits             FrozenConvolution    nothing, exact
     a block of the side branch                five tensors           CodedInput           8 bits of its input
+    fused attention                           q, k, v, output        CodedInput           4 bits of q, k, v; the map is recomputed
     any other operator, trained layers too    its inputs, 32 bits    CodedInput           8 bits of its inputs
 
 A node is first tagged with its form and bits, `node.meta["s2a_fx.coding"]`; then the tagged nodes are replaced. What is left
 at full width, and why, stands in the notes that the report prints.
 """
 
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,22 +24,36 @@ import torch
 from torch import fx, nn
 
 from s2a_fx.analysis.activations import activation
-from s2a_fx.analysis.non_parametric import dropout_probability
-from s2a_fx.analysis.normalized_branches import normalization
+from s2a_fx.analysis.non_parametric import dropout_probability, non_parametric
+from s2a_fx.analysis.normalized_branches import dependent_nodes, normalization
 from s2a_fx.analysis.notes import add_note
 from s2a_fx.analysis.provenance import module_stack, owner_path
 from s2a_fx.analysis.saved import SavedTensor, is_activation, saved_tensors
 from s2a_fx.codecs.packing import MULTIPLE
 from s2a_fx.codecs.rows import Rows
+from s2a_fx.errors import InputError
 from s2a_fx.nn.coded import CodedActivation, CodedDropout, CodedLayerNorm, FrozenConvolution, MaskedActivation
 from s2a_fx.nn.coded_input import CodedInput
 from s2a_fx.nn.lite_side_branch import LiteSideBlock
 from s2a_fx.ops.activation import BINNED
-from s2a_fx.passes.base import Pass, call_inserted, free_path
+from s2a_fx.passes.base import Pass, call_inserted, free_path, snake_case
+from s2a_fx.passes.forms_of_normalization import (
+    open_norm_activations,
+    replace_batch_norm,
+    replace_max_pool,
+    serves_batch_norm,
+    serves_max_pool,
+)
+from s2a_fx.passes.fuse_attention import zero_scores
 from s2a_fx.passes.subgraphs import lifted
 
 CODING = "s2a_fx.coding"
 
+_MAKES_MASKS = (zero_scores, operator.add, torch.add, "add", "view", "reshape", "transpose")
+_RUN_ONCE = (
+    nn.modules.batchnorm._BatchNorm,
+    nn.RReLU,
+)  # one counts its batches, one draws where x < 0: not to be run again on codes
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -56,20 +72,25 @@ class CompressActivations(Pass):
     Args:
         activation_bits: of an activation's derivative, 1 to 8.
         norm_bits: of a layer norm's or RMS norm's x_hat, 1 to 8.
+        attention_bits: of q, k and v, 1 to 8; the map is computed again.
         input_bits: of all other inputs, 1 to 8.
         smallest: nodes that keep fewer bytes than this are left alone.
     """
 
     activation_bits: int = 4
     norm_bits: int = 4
+    attention_bits: int = 4
     input_bits: int = 8
     smallest: int = 1 << 16
 
     def __post_init__(self) -> None:
-        for bits in (self.activation_bits, self.norm_bits, self.input_bits):
+        for bits in (self.activation_bits, self.norm_bits, self.attention_bits, self.input_bits):
             Rows(bits)
+        if not isinstance(self.smallest, int) or self.smallest < 0:
+            raise InputError(f"CompressActivations: smallest must be 0 or more bytes, got {self.smallest!r}.")
 
     def rewrite(self, gm: fx.GraphModule) -> bool:
+        opened = open_norm_activations(gm)
         blocks = _side_blocks(gm)
         for nodes in blocks:
             _replace_by_coded_input(gm, nodes, self.input_bits)
@@ -78,7 +99,7 @@ class CompressActivations(Pass):
             FORMS[node.meta[CODING].form].replace(gm, node, node.meta[CODING].bits)
         if tagged or blocks:
             self._note_what_is_left(gm)
-        return bool(tagged or blocks)
+        return bool(opened or tagged or blocks)
 
     def tag(self, gm: fx.GraphModule) -> list[fx.Node]:
         """Write `node.meta["s2a_fx.coding"]` on every node that keeps an activation which a form serves; returns these nodes."""
@@ -99,7 +120,8 @@ class CompressActivations(Pass):
         return [node for node in tagged if self._pays(node, rows, tagged)]
 
     def _bits(self, form: str) -> int:
-        return {"activation": self.activation_bits, "norm": self.norm_bits, "input": self.input_bits}.get(form, 1)
+        bits = {"activation": self.activation_bits, "norm": self.norm_bits, "attention": self.attention_bits}
+        return bits.get(form, self.input_bits)
 
     def _pays(self, node: fx.Node, rows: list[SavedTensor], tagged: list[fx.Node]) -> bool:
         """Whether a storage goes once all tagged nodes are coded; exact forms never cost anything."""
@@ -117,7 +139,7 @@ class CompressActivations(Pass):
                 add_note(gm, "CompressActivations", row.node, f"{row.operand} still kept at full width: no form serves {row.op}")
 
 
-_CODED = ("RecomputedBranch", "CodedInput", "layer_norm.", "binned.", "masked.")
+_CODED = ("RecomputedBranch", "CodedInput", "layer_norm.", "binned.", "masked.", "batch_norm.")
 
 
 @dataclass(frozen=True)
@@ -190,6 +212,37 @@ def _replace_frozen_convolution(gm: fx.GraphModule, node: fx.Node, bits: int) ->
     _substitute(gm, node, frozen, (node.all_input_nodes[0], weight, bias))
 
 
+def _serves_attention(gm: fx.GraphModule, node: fx.Node) -> bool:
+    found = non_parametric(gm, node)
+    return found is not None and found.kind == "attention"
+
+
+def _replace_attention(gm: fx.GraphModule, node: fx.Node, bits: int) -> None:
+    nodes = _with_what_makes_its_mask(node)
+    layer = non_parametric(gm, node)
+    assert layer is not None
+    # A dropped map does not add up to 1: a constant in the values then counts.
+    plain = not layer.options["dropout_p"] and not layer.options["eval_dropout_p"]
+    _replace_by_coded_input(gm, nodes, bits, [_source(n, nodes) for n in layer.operands[1:3]] if plain else [])
+
+
+def _source(node: fx.Node, inside: tuple[fx.Node, ...]) -> fx.Node | None:
+    """Where keys or values come from, outside of the nodes; None if they lie transposed there."""
+    turns = 0
+    while node in inside and node.target == "transpose":
+        node, turns = node.all_input_nodes[0], turns + 1
+    return None if turns % 2 or node in inside else node
+
+
+def _with_what_makes_its_mask(attention: fx.Node) -> tuple[fx.Node, ...]:
+    """The attention, and the views and sums above it that only it reads: a mask as wide as the map is made again, not kept."""
+    run = {attention}
+    for node in reversed(list(attention.graph.nodes)):
+        if node.target in _MAKES_MASKS and node.users and all(user in run for user in node.users):
+            run.add(node)
+    return tuple(node for node in attention.graph.nodes if node in run)
+
+
 def _serves_input(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Any operator that is a function of tensors: no batch norm, which would count a batch twice, nothing in place, no view."""
     value = node.meta.get("val")
@@ -198,7 +251,9 @@ def _serves_input(gm: fx.GraphModule, node: fx.Node) -> bool:
         return False
     if node.op == "call_module":
         modules = gm.get_submodule(str(node.target)).modules()
-        return not any(isinstance(m, nn.modules.batchnorm._BatchNorm | CodedInput) or _is_coded(m) for m in modules)
+        return not any(isinstance(m, _RUN_ONCE) or _is_coded(m) for m in modules)
+    if "batch_norm" in str(node.target):
+        return False
     in_place = str(node.target).endswith("_") or bool(node.kwargs.get("inplace"))
     return node.op in ("call_function", "call_method") and not in_place
 
@@ -211,16 +266,20 @@ def _replace_input(gm: fx.GraphModule, node: fx.Node, bits: int) -> None:
     _replace_by_coded_input(gm, (node,), bits)
 
 
-def _replace_by_coded_input(gm: fx.GraphModule, nodes: tuple[fx.Node, ...], bits: int) -> None:
-    """Replace a run of nodes, the last of which is its output, by one `CodedInput`."""
+def _replace_by_coded_input(
+    gm: fx.GraphModule, nodes: tuple[fx.Node, ...], bits: int, centered: Sequence[fx.Node | None] = ()
+) -> None:
+    """Replace a run of nodes, the last of which is its output, by one `CodedInput`; `centered` are coded less their mean."""
     inside = set(nodes)
     outside = dict.fromkeys(o for n in nodes for o in n.all_input_nodes if o not in inside)
-    wide = [o for o in outside if o.op != "get_attr" and _is_float(o)]
+    dependent = dependent_nodes(gm)
+    wide = [o for o in outside if o in dependent and _is_float(o)]
     operands = (*wide, *(o for o in outside if o not in wide))
     body, backward_body = lifted(gm, nodes, operands, _ghost(gm, nodes[-1]))
-    module = CodedInput(body, backward_body, len(wide), bits, draws=_may_draw(gm, nodes))
+    places = tuple(index for index, operand in enumerate(wide) if operand in centered)
+    module = CodedInput(body, backward_body, len(wide), bits, places)
     with gm.graph.inserting_before(nodes[-1]):
-        path = free_path(gm, owner_path(nodes[-1]), f"{nodes[-1].name}_coded")
+        path = free_path(gm, owner_path(nodes[-1]), snake_case(CodedInput))
         call = call_inserted(gm, path, module, operands, like=nodes[-1])
     call.meta["val"] = nodes[-1].meta["val"]
     nodes[-1].replace_all_uses_with(call)
@@ -238,22 +297,15 @@ def _ghost(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     return node if isinstance(module, nn.Linear) or _convolution(gm, node) is not None else None
 
 
-def _may_draw(gm: fx.GraphModule, nodes: tuple[fx.Node, ...]) -> bool:
-    for node in nodes:
-        if node.op == "call_module":
-            if any("drop" in type(m).__name__.lower() for m in gm.get_submodule(str(node.target)).modules()):
-                return True
-        elif any("drop" in str(key) and value for key, value in node.kwargs.items()) or "drop" in str(node.target):
-            return True
-    return False
-
-
 FORMS: dict[str, Form] = {
     "activation": Form(_serves_binned, _replace_activation),
     "mask": Form(_serves_masked, _replace_activation),
     "dropout": Form(_serves_dropout, _replace_dropout),
     "norm": Form(_serves_norm, _replace_norm),
     "frozen_convolution": Form(_serves_frozen_convolution, _replace_frozen_convolution),
+    "attention": Form(_serves_attention, _replace_attention),
+    "batch_norm": Form(serves_batch_norm, replace_batch_norm),
+    "max_pool": Form(serves_max_pool, replace_max_pool),
     "input": Form(_serves_input, _replace_input),
 }
 """Form -> which nodes it serves and how; the first that serves a node is taken."""
@@ -270,7 +322,7 @@ def _side_blocks(gm: fx.GraphModule) -> list[tuple[fx.Node, ...]]:
 
 
 def _substitute(gm: fx.GraphModule, node: fx.Node, module: nn.Module, operands: tuple[Any, ...]) -> fx.Node:
-    path = free_path(gm, owner_path(node), f"{node.name}_coded")
+    path = free_path(gm, owner_path(node), snake_case(type(module)))
     with gm.graph.inserting_before(node):
         call = call_inserted(gm, path, module, operands, like=node)
     call.meta["val"] = node.meta["val"]

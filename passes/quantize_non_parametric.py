@@ -21,14 +21,12 @@ Leaves alone, each time with a note:
 4. layers hidden inside leaf modules.
 """
 
-import operator
-import re
 from dataclasses import dataclass
 
 import torch
 from torch import fx, nn
 
-from s2a_fx.analysis.non_parametric import NonParametric, dropout_probability, non_parametric
+from s2a_fx.analysis.non_parametric import NonParametric, non_parametric, product_with_values
 from s2a_fx.analysis.notes import add_note
 from s2a_fx.analysis.provenance import owner_path
 from s2a_fx.analysis.saved import SavedTensor, is_activation, saved_tensors
@@ -42,9 +40,8 @@ from s2a_fx.nn.quantized import (
     QuantizedSoftmaxMatmul,
 )
 from s2a_fx.ops.bits import BITS
-from s2a_fx.passes.base import Pass, call_inserted, free_path
+from s2a_fx.passes.base import Pass, call_inserted, free_path, snake_case
 
-_MATMULS = (operator.matmul, torch.matmul, torch.bmm, "matmul", "bmm", torch.ops.aten.matmul.default)
 _HIDDEN = ("GeluBackward", "SiluBackward", "ReluBackward", "SoftmaxBackward", "ScaledDotProduct")
 
 
@@ -115,7 +112,7 @@ class QuantizeNonParametric(Pass):
         if layer.options["dim"] is None:
             return "has no explicit dimension"
         dim, rank = layer.options["dim"], len(_shape(layer.node))
-        product = _product_with_values(gm, layer.node) if dim in (-1, rank - 1) else None
+        product = product_with_values(gm, layer.node) if dim in (-1, rank - 1) else None
         if product is not None:
             matmul, value, dropout_p = product
             _substitute(gm, matmul, QuantizedSoftmaxMatmul(dropout_p, self.bits), (layer.operands[0], value))
@@ -133,8 +130,7 @@ def _other_holder(rows: list[SavedTensor], own: set[str]) -> str | None:
 
 def _substitute(gm: fx.GraphModule, node: fx.Node, module: nn.Module, operands: tuple[fx.Node, ...]) -> fx.Node:
     sole = node.op == "call_module" and sum(other.target == node.target for other in gm.graph.nodes) == 1
-    name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(module).__name__).lower()
-    path = str(node.target) if sole else free_path(gm, owner_path(node), name)
+    path = str(node.target) if sole else free_path(gm, owner_path(node), snake_case(type(module)))
     with gm.graph.inserting_before(node):
         call = call_inserted(gm, path, module, operands, like=node)
     call.meta["val"] = node.meta["val"]
@@ -145,22 +141,3 @@ def _substitute(gm: fx.GraphModule, node: fx.Node, module: nn.Module, operands: 
 
 def _shape(node: fx.Node) -> torch.Size:
     return node.meta["val"].shape
-
-
-def _product_with_values(gm: fx.GraphModule, softmax: fx.Node) -> tuple[fx.Node, fx.Node, float] | None:
-    """The product, the values and the dropout's p in `dropout(softmax) @ values`; None where the map is read otherwise."""
-    node, dropout_p = softmax, 0.0
-    while len(node.users) == 1:
-        (user,) = node.users
-        drop = dropout_probability(gm, user)
-        if drop is not None:
-            dropout_p = 1 - (1 - dropout_p) * (1 - drop) if not dropout_p or not drop else None  # type: ignore[assignment]
-            if dropout_p is None:
-                return None
-            node = user
-            continue
-        if user.target not in _MATMULS or user.args[0] is not node or not isinstance(user.args[1], fx.Node):
-            return None
-        value = user.args[1]
-        return (user, value, dropout_p) if _shape(value)[:-2] == _shape(softmax)[:-2] else None
-    return None

@@ -20,8 +20,9 @@ from s2a_fx.analysis.provenance import owner_path
 from s2a_fx.analysis.saved import is_activation, saved_tensors
 from s2a_fx.codecs.packing import MULTIPLE
 from s2a_fx.codecs.rows import Rows
+from s2a_fx.errors import InputError
 from s2a_fx.nn.recomputed_branch import RecomputedBranch
-from s2a_fx.passes.base import Pass, call_inserted, free_path
+from s2a_fx.passes.base import Pass, call_inserted, free_path, snake_case
 from s2a_fx.passes.subgraphs import lifted
 
 
@@ -31,18 +32,29 @@ class RecomputeBranches(Pass):
 
     Args:
         bits: per element of the normalized input, 1 to 8.
+        group: how many neighbours in a row share a range, where the width is a multiple of it; 0 for one range a row.
         kinds: which branches: `attention` (those with a softmax or an attention), `mlp` (all others), or both.
         widest: only branches of at most this many channels: the narrower, the less it costs to recompute a byte. 0 for all.
         part_mb: the branch runs over as many images at a time as keep its widest tensor below this many MB; 0 for all at once.
     """
 
     bits: int = 6
+    group: int = 0
     kinds: tuple[str, ...] = ("attention", "mlp")
     widest: int = 0
     part_mb: int = 16
 
     def __post_init__(self) -> None:
         Rows(self.bits)
+        if not self.kinds or not all(isinstance(n, int) and n >= 0 for n in (self.widest, self.part_mb, self.group)):
+            raise InputError(
+                f"RecomputeBranches: wanted some kinds, and widest, part_mb and group of 0 or more, got {self.kinds!r}, "
+                f"{self.widest!r}, {self.part_mb!r} and {self.group!r}."
+            )
+        if self.group % MULTIPLE:
+            raise InputError(f"RecomputeBranches: group must be 0 or a multiple of {MULTIPLE}, got {self.group!r}.")
+        if unknown := set(self.kinds) - {"attention", "mlp"}:
+            raise InputError(f"RecomputeBranches: got kinds {sorted(unknown)}, wanted attention, mlp or both.")
 
     def rewrite(self, gm: fx.GraphModule) -> bool:
         kept = {row.made_at: row.bytes for row in saved_tensors(gm) if is_activation(row)}
@@ -64,7 +76,8 @@ class RecomputeBranches(Pass):
         value: torch.Tensor = branch.norm.meta["val"]
         if value.shape[-1] % MULTIPLE:
             return f"{value.shape[-1]} channels are not a multiple of {MULTIPLE}: codes could not be packed"
-        codes = Rows(self.bits).nbytes(value.shape[:-1].numel(), value.shape[-1])
+        group = self._group(value.shape[-1])
+        codes = Rows(self.bits).nbytes(value.numel() // group, group)
         now = sum(kept.get(n.name, 0) for n in (branch.norm, *branch.nodes))
         if now <= codes:
             return f"keeps {now / 1e6:,.1f} MB as it is; the codes would take {codes / 1e6:,.1f}"
@@ -72,7 +85,8 @@ class RecomputeBranches(Pass):
 
     def _replace(self, gm: fx.GraphModule, branch: NormalizedBranch) -> None:
         body, backward_body = lifted(gm, branch.nodes, (branch.norm, *branch.operands), branch.tail)
-        module = RecomputedBranch(branch.rule, body, backward_body, self.bits, self._images(branch), branch.draws)
+        width = branch.norm.meta["val"].shape[-1]
+        module = RecomputedBranch(branch.rule, body, backward_body, self.bits, self._group(width), self._images(branch))
         with gm.graph.inserting_before(branch.norm):
             parameters = [name and gm.graph.get_attr(name) for name in (branch.weight, branch.bias)]
             for node in parameters:
@@ -80,12 +94,15 @@ class RecomputeBranches(Pass):
                     node.meta.update(branch.norm.meta)
                     del node.meta["val"]
         with gm.graph.inserting_before(branch.output):
-            path = free_path(gm, owner_path(branch.norm), f"{branch.norm.name}_branch".replace(".", "_"))
+            path = free_path(gm, owner_path(branch.norm), snake_case(RecomputedBranch))
             call = call_inserted(gm, path, module, (branch.source, *parameters, *branch.operands), like=branch.norm)
         call.meta["val"] = branch.output.meta["val"]
         branch.output.replace_all_uses_with(call)
         for node in (*reversed(branch.nodes), branch.norm):
             gm.graph.erase_node(node)
+
+    def _group(self, width: int) -> int:
+        return self.group if self.group and width % self.group == 0 else width
 
     def _images(self, branch: NormalizedBranch) -> int:
         if not self.part_mb or not branch.by_image:

@@ -12,6 +12,7 @@ from s2a_fx.passes import (
     AttachSideBranch,
     CompressActivations,
     FreezeWeights,
+    FuseAttention,
     InsertLowRankPrompt,
     QuantizeNonParametric,
     RecomputeBranches,
@@ -27,11 +28,11 @@ BIAS_LRP_LSB = (*BIAS_LRP, AttachSideBranch(reduction=8))
 S2A_PAPER = (*BIAS_LRP_LSB, QuantizeNonParametric(bits=4))
 S2A = (
     *BIAS_LRP_LSB,
-    RecomputeBranches(kinds=("attention",), bits=6),
-    RecomputeBranches(kinds=("mlp",), widest=256, bits=6),  # narrow layers: much to keep, little to recompute
+    FuseAttention(),
+    RecomputeBranches(bits=6, widest=256),  # narrow layers have the most to keep, and the least to recompute
     CompressActivations(),
 )
-S2A_MAX = (*BIAS_LRP_LSB, RecomputeBranches(bits=6), CompressActivations())
+S2A_MAX = (*BIAS_LRP_LSB, FuseAttention(), RecomputeBranches(bits=4, group=64), CompressActivations())
 
 RECIPES: dict[str, tuple[GraphPass, ...]] = {
     "full": FULL,

@@ -142,6 +142,7 @@ def _symbolic(model: nn.Module, arity: int) -> fx.GraphModule:
         _insert_switch(gm, name, differences)
     if "" in divergence.leaves:
         add_note(gm, "trace", "", "the model's own forward differs between train and eval mode: this is the graph of train mode")
+    gm.graph.eliminate_dead_code()
     gm.graph.lint()
     gm.recompile()
     return gm

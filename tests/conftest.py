@@ -1,4 +1,8 @@
-"""Fixtures over the small models."""
+"""Fixtures over the small models. Fused operators run uncompiled, for speed: `test_fusion.py` compiles some."""
+
+import os
+
+os.environ.setdefault("S2A_FX_COMPILE", "0")  # read when s2a_fx is imported
 
 import pytest
 import torch

@@ -11,7 +11,22 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 # A package may import those before it; `passes` and `analysis` stand at the root under their public names.
-ORDER = ["errors", "version", "ops", "nn", "analysis", "passes", "recipes", "trace", "report", "zoo", "fork_map", "transform"]
+ORDER = [
+    "errors",
+    "version",
+    "fusion",
+    "codecs",
+    "ops",
+    "nn",
+    "analysis",
+    "passes",
+    "recipes",
+    "trace",
+    "report",
+    "zoo",
+    "fork_map",
+    "transform",
+]
 ORDER += ["html", "analyze", "cli"]
 
 

@@ -1,8 +1,8 @@
 """Codes of an activation's derivative: the real line cut into 2**bits bins, one slope for each.
 
 An activation y = f(x) keeps x only to know f'(x) in the backward. The bins of least mean squared error of f', for x drawn from a
-prior, are found by dynamic programming on a grid; f' need not be monotone. After Novikov et al., Few-Bit Backward (2023), who
-take N(0, 1) as the prior. Pre-activations of trained networks lie lower and wider, hence the prior here.
+prior, are found by dynamic programming on a grid; f' need not be monotone. After Novikov et al., Few-Bit Backward (2023). The
+pre-activations of trained networks lie lower and wider than N(0, 1): benchmarks/codec_table.py sets this prior beside others.
 """
 
 import functools
@@ -14,7 +14,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from s2a_fx.codecs.packing import pack, unpack
-from s2a_fx.ops.fusion import fused
+from s2a_fx.fusion import fused
 
 PRIOR = (-0.5, 1.5)
 """Mean and deviation of the normal prior over pre-activations."""
@@ -35,16 +35,17 @@ class Bins:
 @fused
 def encode_bins(x: torch.Tensor, boundaries: list[float], bits: int) -> torch.Tensor:
     """The bin of each element of `x` (rows, width), packed."""
-    codes = torch.zeros_like(x, dtype=torch.uint8)
-    for boundary in boundaries:  # a sum of comparisons: bucketize does not vectorize
-        codes = codes + (x >= boundary).to(torch.uint8)
-    return pack(codes, bits)
+    x = x.float()
+    codes = torch.zeros_like(x)
+    for boundary in boundaries:  # a sum of comparisons, in floats: neither bucketize nor a sum of bytes is vectorized
+        codes = codes + (x >= boundary).float()
+    return pack(codes.to(torch.uint8), bits)
 
 
 @fused
 def scale_by_bins(grad: torch.Tensor, packed: torch.Tensor, levels: list[float], bits: int) -> torch.Tensor:
     """`grad` (rows, width) times the slope of each element's bin."""
-    codes = unpack(packed, bits)
+    codes = unpack(packed, bits).float()
     slopes = torch.full_like(grad, levels[0], dtype=torch.float32)
     for code, level in enumerate(levels[1:], start=1):
         slopes = torch.where(codes >= code, level, slopes)

@@ -10,7 +10,7 @@ import torch
 
 from s2a_fx.codecs.packing import pack, packed_width, unpack
 from s2a_fx.errors import InputError
-from s2a_fx.ops.fusion import fused
+from s2a_fx.fusion import fused
 
 Coded = tuple[torch.Tensor, torch.Tensor]
 

@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from s2a_fx.codecs.rows import Rows
-from s2a_fx.nn.recompute import Replay, autocast_state, detached, entered, random_state
+from s2a_fx.nn.recompute import Replay, autocast_state, detached, entered, refuse_second_derivative, state_before, unless_unchanged
 from s2a_fx.ops import flat
 
 
@@ -23,18 +22,29 @@ class CodedInput(nn.Module):
         backward_body: the same, its last layer a `Ghost` where its values are not needed.
         activations: how many of the arguments are coded; the others are parameters and what is made of them.
         bits: of the codes, 1 to 8.
-        draws: whether the body may draw random numbers.
+        centered: which of the activations are coded less their mean over the last dimension but one. Keys and values may be: the
+            gradients of an attention do not change when a constant is added to all its keys, or to all its values.
 
     The modules that the bodies call stay registered where they are in the model: this module refers to them, and owns none.
     """
 
-    def __init__(self, body: fx.GraphModule, backward_body: fx.GraphModule, activations: int, bits: int, draws: bool) -> None:
+    body: fx.GraphModule
+    backward_body: fx.GraphModule
+
+    def __init__(
+        self,
+        body: fx.GraphModule,
+        backward_body: fx.GraphModule,
+        activations: int,
+        bits: int,
+        centered: tuple[int, ...] = (),
+    ) -> None:
         super().__init__()
         self.__dict__["body"] = body
         self.__dict__["backward_body"] = backward_body
         self.activations = activations
         self.codec = Rows(bits)
-        self.draws = draws
+        self.centered = centered
 
     def forward(self, *arguments: Any) -> torch.Tensor:
         trained = [p for p in self.body.parameters() if p.requires_grad]
@@ -43,11 +53,11 @@ class CodedInput(nn.Module):
         return _CodedInput.apply(self, len(arguments), *arguments, *trained)  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:
-        return f"activations={self.activations}, bits={self.codec.bits}"
+        return f"activations={self.activations}, bits={self.codec.bits}, centered={self.centered}"
 
 
 class _CodedInput(torch.autograd.Function):
-    saved_names = ("codes", "ranges")
+    saved_names = ("codes",)
 
     @staticmethod
     def forward(ctx: Any, module: CodedInput, count: int, *tensors: Any) -> torch.Tensor:
@@ -55,13 +65,15 @@ class _CodedInput(torch.autograd.Function):
         ctx.module, ctx.count, ctx.trained = module, count, trained
         device = arguments[0].device
         ctx.autocast = autocast_state(device.type)
-        ctx.random_state = random_state(device) if module.draws and not isinstance(arguments[0], FakeTensor) else None
+        before = state_before(arguments[0])
         out = module.body(*arguments)
+        ctx.random_state = unless_unchanged(before, device)
         codes: list[torch.Tensor] = []
         ctx.layouts = []
-        for x in arguments[: module.activations]:
-            codes += module.codec.encode(flat.rows(x, 64))
-            ctx.layouts.append((x.shape, x.dtype, flat.is_channels_last(x), x.requires_grad))
+        for index, x in enumerate(arguments[: module.activations]):
+            coded = x - x.mean(-2, keepdim=True) if index in module.centered else x
+            codes += module.codec.encode(flat.rows(coded, 64))
+            ctx.layouts.append((x.shape, x.dtype, flat.is_channels_last(coded), x.requires_grad))
         operands = arguments[module.activations :]
         ctx.save_for_backward(*codes, *(t for t in operands if isinstance(t, torch.Tensor)))
         ctx.constants = [None if isinstance(t, torch.Tensor) else t for t in operands]
@@ -69,6 +81,7 @@ class _CodedInput(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        refuse_second_derivative()
         module: CodedInput = ctx.module
         kept = iter(ctx.saved_tensors)
         inputs = [_decoded(module.codec, (next(kept), next(kept)), *layout) for layout in ctx.layouts]

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 State = Sequence[torch.Tensor]
 
@@ -24,6 +25,17 @@ def random_state(device: torch.device) -> State:
     """The states of the generators that code on `device` draws from."""
     states = [torch.get_rng_state()]
     return states if device.type != "cuda" else [*states, torch.cuda.get_rng_state(device)]
+
+
+def state_before(x: torch.Tensor) -> State:
+    """The generators' states before a forward on `x`; none for fake tensors, which draw nothing."""
+    return [] if isinstance(x, FakeTensor) else random_state(x.device)
+
+
+def unless_unchanged(states: State, device: torch.device) -> State | None:
+    """The states, if anything was drawn since they were taken."""
+    present = random_state(device) if states else []
+    return None if all(torch.equal(a, b) for a, b in zip(states, present, strict=True)) else states
 
 
 class Replay(AbstractContextManager[None]):
@@ -46,6 +58,14 @@ def _set_random_state(states: State, device: torch.device) -> None:
     torch.set_rng_state(states[0])
     if device.type == "cuda":
         torch.cuda.set_rng_state(states[1], device)
+
+
+def refuse_second_derivative() -> None:
+    """Raise in a backward that is itself to be differentiated: what it reads are codes."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "compressed layers have no second derivative, and create_graph=True asks for one; take a recipe without compression."
+        )
 
 
 def detached(value: Any) -> Any:

@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from s2a_fx.codecs.rows import Rows
-from s2a_fx.nn.recompute import Replay, autocast_state, detached, entered, random_state
-from s2a_fx.ops.normalize import normalize_backward, normalize_decode, normalize_encode, normalized
+from s2a_fx.nn.recompute import Replay, autocast_state, detached, entered, refuse_second_derivative, state_before, unless_unchanged
+from s2a_fx.ops.normalize import channel_means, normalize_backward, normalize_decode, normalize_encode, normalized
 
 
 @dataclass(frozen=True)
@@ -41,22 +40,22 @@ class RecomputedBranch(nn.Module):
         body: from the normalized input and the operands to the branch's output.
         backward_body: the same with its last linear layer a `Ghost`; `body` again where there is none to spare.
         bits: of the codes, 1 to 8.
+        group: how many neighbours in a row share a range; divides the width.
         images: how many images run at a time; 0 for all at once.
-        draws: whether the body may draw random numbers, which the backward must then draw again.
 
     The modules that the bodies call stay registered where they are in the model: this module refers to them, and owns none.
     """
 
-    def __init__(
-        self, norm: Norm, body: fx.GraphModule, backward_body: fx.GraphModule, bits: int, images: int, draws: bool
-    ) -> None:
+    body: fx.GraphModule
+    backward_body: fx.GraphModule
+
+    def __init__(self, norm: Norm, body: fx.GraphModule, backward_body: fx.GraphModule, bits: int, group: int, images: int) -> None:
         super().__init__()
         self.norm = norm
         self.__dict__["body"] = body  # not registered: its modules keep their one name in the state dict
         self.__dict__["backward_body"] = backward_body
         self.codec = Rows(bits)
-        self.images = images
-        self.draws = draws
+        self.group, self.images = group, images
 
     def forward(self, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, *operands: Any) -> torch.Tensor:
         trained = [p for p in self.body.parameters() if p.requires_grad]
@@ -67,11 +66,11 @@ class RecomputedBranch(nn.Module):
         return _RecomputedBranch.apply(self, len(operands), x, weight, bias, *operands, *trained)  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:
-        return f"{self.norm}, bits={self.codec.bits}, images={self.images}"
+        return f"{self.norm}, bits={self.codec.bits}, group={self.group}, images={self.images}"
 
 
 class _RecomputedBranch(torch.autograd.Function):
-    saved_names = ("codes", "ranges", "rstd", "weight", "bias", "operand")
+    saved_names = ("codes", "ranges", "rstd", "shift", "weight", "bias", "operand")
 
     @staticmethod
     def forward(ctx: Any, branch: RecomputedBranch, count: int, x: torch.Tensor, *tensors: Any) -> torch.Tensor:
@@ -79,12 +78,14 @@ class _RecomputedBranch(torch.autograd.Function):
         ctx.branch, ctx.shape, ctx.dtype = branch, x.shape, x.dtype
         ctx.trained = tensors[2 + count :]
         ctx.autocast = autocast_state(x.device.type)
-        ctx.random_state = random_state(x.device) if branch.draws and not isinstance(x, FakeTensor) else None
-        out, codes = None, []
+        before = state_before(x)
+        out, shift, codes = None, None, []
         for start, part in _parts(x, branch.images):
             y, mean, rstd = branch.norm(part, weight, bias)
-            packed, ranges = normalize_encode(part.reshape(-1, x.shape[-1]), mean, rstd, branch.codec.bits)
-            codes.append((packed, ranges, rstd))
+            rows = part.reshape(-1, x.shape[-1])
+            shift = channel_means(rows, mean, rstd) if shift is None else shift  # the first part's will do: any is decoded exactly
+            packed, ranges = normalize_encode(rows, mean, rstd, shift, branch.codec.bits, branch.group)
+            codes.append((packed, ranges, rstd.bfloat16()))
             ctx.normalized_dtype = y.dtype
             result = branch.body(y, *operands)
             del y
@@ -94,16 +95,18 @@ class _RecomputedBranch(torch.autograd.Function):
                 out = result.new_empty(x.shape[0], *result.shape[1:]) if out is None else out
                 out[start : start + part.shape[0]] = result
             del result
+        ctx.random_state = unless_unchanged(before, x.device)
         joined = codes[0] if len(codes) == 1 else tuple(torch.cat(pieces) for pieces in zip(*codes, strict=True))
-        ctx.save_for_backward(*joined, weight, bias, *(t for t in operands if isinstance(t, torch.Tensor)))
+        ctx.save_for_backward(*joined, shift, weight, bias, *(t for t in operands if isinstance(t, torch.Tensor)))
         ctx.constants = [None if isinstance(t, torch.Tensor) else t for t in operands]
         assert out is not None
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        refuse_second_derivative()
         branch: RecomputedBranch = ctx.branch
-        packed, ranges, rstd, weight, bias, *kept = ctx.saved_tensors
+        packed, ranges, rstd, shift, weight, bias, *kept = ctx.saved_tensors
         tensors = iter(kept)
         operands = [next(tensors) if constant is None else constant for constant in ctx.constants]
         operands = [detached(t) for t in operands]
@@ -111,15 +114,16 @@ class _RecomputedBranch(torch.autograd.Function):
         leaves = [t for t in operands if isinstance(t, torch.Tensor) and t.requires_grad] + trained
         totals: list[torch.Tensor | None] = [None] * len(leaves)
         width, bits = ctx.shape[-1], branch.codec.bits
-        scale = torch.ones(1, width, device=grad.device) if weight is None else weight.detach().view(1, width)
-        shift = torch.zeros(1, width, device=grad.device) if bias is None else bias.detach().view(1, width)
+        one, zero = torch.ones(1, width, device=grad.device), torch.zeros(1, width, device=grad.device)
+        scale = one if weight is None else weight.detach().view(1, width)
+        added = zero if bias is None else bias.detach().view(1, width)
         grad_x = torch.empty(ctx.shape, dtype=ctx.dtype, device=grad.device) if ctx.needs_input_grad[2] else None
         norm_totals: list[torch.Tensor | None] = [None, None]
         rows_each = ctx.shape[1:-1].numel()
         with Replay(ctx.random_state, grad.device):
             for start, part in _parts(grad, branch.images):
                 rows = slice(start * rows_each, (start + part.shape[0]) * rows_each)
-                y = normalize_decode(packed[rows], ranges[rows], scale, shift, bits, ctx.normalized_dtype)
+                y = normalize_decode(packed[rows], ranges[rows], shift, scale, added, bits, ctx.normalized_dtype)
                 y = y.view(part.shape[0], *ctx.shape[1:]).requires_grad_()
                 with torch.enable_grad(), entered(ctx.autocast, grad.device.type):
                     result = branch.backward_body(y, *operands)
@@ -128,14 +132,14 @@ class _RecomputedBranch(torch.autograd.Function):
                 totals = [_sum(total, g) for total, g in zip(totals, grads, strict=True)]
                 grad_y = grad_y.reshape(-1, width)
                 if ctx.needs_input_grad[3]:
-                    unit = (y.detach().view(-1, width).float() - shift) / scale
+                    unit = normalize_decode(packed[rows], ranges[rows], shift, one, zero, bits, torch.float32)
                     norm_totals[0] = _sum(norm_totals[0], (grad_y.float() * unit).sum(0).to(weight.dtype))
                 if ctx.needs_input_grad[4]:
                     norm_totals[1] = _sum(norm_totals[1], grad_y.sum(0).to(bias.dtype))
                 del y
                 if grad_x is not None:
                     grad_x[start : start + part.shape[0]] = normalize_backward(
-                        grad_y, packed[rows], ranges[rows], rstd[rows], scale, bits, branch.norm.centered, ctx.dtype
+                        grad_y, packed[rows], ranges[rows], shift, rstd[rows], scale, bits, branch.norm.centered, ctx.dtype
                     ).view(part.shape[0], *ctx.shape[1:])
         found = iter(totals)
         of_operands = [next(found) if isinstance(t, torch.Tensor) and t.requires_grad else None for t in operands]
@@ -143,10 +147,11 @@ class _RecomputedBranch(torch.autograd.Function):
 
 
 def _parts(x: torch.Tensor, images: int) -> list[tuple[int, torch.Tensor]]:
-    """The tensor, `images` of its first dimension at a time, each part with where it starts."""
+    """The tensor, at most `images` of its first dimension at a time, each part with where it starts."""
     if not images or images >= x.shape[0]:
         return [(0, x)]
-    return [(start, x[start : start + images]) for start in range(0, x.shape[0], images)]
+    size = -(-x.shape[0] // -(-x.shape[0] // images))  # parts alike: a small last one would run at a worse rate
+    return [(start, x[start : start + size]) for start in range(0, x.shape[0], size)]
 
 
 def _sum(total: torch.Tensor | None, term: torch.Tensor | None) -> torch.Tensor | None:

@@ -5,13 +5,15 @@ from typing import Any
 
 import torch
 
+from s2a_fx.fusion import LINES, compiling
 from s2a_fx.ops.activation import binned, binned_kernel, masked, masked_kernel
 from s2a_fx.ops.attention import attention, attention_kernel
+from s2a_fx.ops.batch_norm import batch_norm, batch_norm_kernel, frozen_batch_norm, frozen_batch_norm_kernel
 from s2a_fx.ops.dropout import dropout, dropout_kernel
 from s2a_fx.ops.frozen_convolution import frozen_convolution, frozen_convolution_kernel
-from s2a_fx.ops.fusion import LINES, compiling
 from s2a_fx.ops.gelu import gelu, gelu_kernel, silu, silu_kernel
 from s2a_fx.ops.layer_norm import layer_norm, layer_norm_kernel
+from s2a_fx.ops.max_pool import max_pool, max_pool_kernel
 from s2a_fx.ops.relu import relu, relu_kernel
 from s2a_fx.ops.softmax import softmax, softmax_kernel, softmax_matmul, softmax_matmul_kernel
 
@@ -27,6 +29,9 @@ KERNELS: dict[Any, Callable[..., Any]] = {
     torch.ops.s2a_fx.dropout.default: dropout_kernel,
     torch.ops.s2a_fx.layer_norm.default: layer_norm_kernel,
     torch.ops.s2a_fx.frozen_convolution.default: frozen_convolution_kernel,
+    torch.ops.s2a_fx.batch_norm.default: batch_norm_kernel,
+    torch.ops.s2a_fx.frozen_batch_norm.default: frozen_batch_norm_kernel,
+    torch.ops.s2a_fx.max_pool.default: max_pool_kernel,
 }
 """Operator -> the PyTorch lines inside it, of which some may be fused operators."""
 
@@ -45,8 +50,11 @@ SAVED: dict[str, tuple[str, ...]] = {
     "binned": ("codes",),
     "masked": ("codes",),
     "dropout": ("mask",),
-    "layer_norm": ("codes", "ranges", "rstd", "weight"),
+    "layer_norm": ("codes", "ranges", "rstd", "shift", "weight"),
     "frozen_convolution": ("weight",),
+    "batch_norm": ("codes", "ranges", "mean", "invstd", "weight"),
+    "frozen_batch_norm": ("running_mean", "running_var", "weight", "codes", "ranges"),
+    "max_pool": ("codes",),
     "attention": ("query", "key", "value", "codes", "range", "dropout_mask"),
 }
 """Operator -> the names of what it saves, in the order of its `save_for_backward`."""
@@ -55,13 +63,16 @@ __all__ = [
     "KERNELS",
     "SAVED",
     "attention",
+    "batch_norm",
     "binned",
     "dropout",
+    "frozen_batch_norm",
     "frozen_convolution",
     "gelu",
     "layer_norm",
     "lines_of",
     "masked",
+    "max_pool",
     "relu",
     "silu",
     "softmax",

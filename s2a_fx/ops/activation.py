@@ -6,6 +6,7 @@ backward   the slope of the element's bin; exact for masked activations
 """
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,8 +15,8 @@ import torch.nn.functional as F
 
 from s2a_fx.codecs.bins import best_bins, encode_bins, scale_by_bins
 from s2a_fx.codecs.packing import pack, packed_width, unpack
+from s2a_fx.fusion import fused
 from s2a_fx.ops import flat
-from s2a_fx.ops.fusion import fused
 
 BINNED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu": F.gelu,
@@ -33,9 +34,18 @@ BINNED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 """Activations with a smooth derivative. Name -> function."""
 
 
+def _passes_at(bounds: dict[str, float]) -> bool:
+    """Whether clamp has slope 1 at its lower bound: torch's versions differ, and so do one bound and two."""
+    return bool(torch.func.jvp(lambda x: x.clamp(**bounds), (torch.zeros(()),), (torch.ones(()),))[1])
+
+
+_CLOSED = {1: _passes_at({"min": 0.0}), 2: _passes_at({"min": 0.0, "max": 1.0})}
+
+
 @dataclass(frozen=True)
 class Masked:
-    """An activation whose slope is `inside` where low < x < high (`closed`: with equality) and `outside` elsewhere."""
+    """An activation whose slope is `inside` where low < x < high (`closed`: with equality; `rounded`: bounds
+    rounded to x's dtype first) and `outside` elsewhere."""
 
     function: Callable[..., torch.Tensor]
     low: float
@@ -43,6 +53,7 @@ class Masked:
     inside: float = 1.0
     outside: float = 0.0
     closed: bool = False
+    rounded: bool = False
 
 
 def masked_rule(name: str, options: list[float]) -> Masked:
@@ -58,20 +69,34 @@ def masked_rule(name: str, options: list[float]) -> Masked:
         return Masked(F.hardsigmoid, -3.0, 3.0, 1 / 6)
     if name == "hardtanh":
         return Masked(functools.partial(F.hardtanh, min_val=options[0], max_val=options[1]), options[0], options[1])
-    return Masked(functools.partial(torch.clamp, min=options[0], max=options[1]), options[0], options[1], closed=True)
+    return Masked(
+        functools.partial(torch.clamp, min=options[0], max=options[1]),
+        options[0],
+        options[1],
+        closed=_CLOSED[sum(map(math.isfinite, options))],
+        rounded=True,
+    )
 
 
 @fused
-def encode_mask(x: torch.Tensor, low: float, high: float, closed: bool) -> torch.Tensor:
+def encode_mask(x: torch.Tensor, low: float, high: float, closed: bool, rounded: bool) -> torch.Tensor:
     """Whether each element of (rows, width) lies between the bounds, one bit each."""
-    inside = (x >= low) & (x <= high) if closed else (x > low) & (x < high)
+    dtype = x.dtype if rounded else torch.float32
+    bounds = [torch.full((), bound, dtype=dtype, device=x.device).float() for bound in (low, high)]
+    x = x.float()
+    inside = (x >= bounds[0]).float() if closed else (x > bounds[0]).float()
+    if high < math.inf:
+        inside = inside * ((x <= bounds[1]).float() if closed else (x < bounds[1]).float())
     return pack(inside.to(torch.uint8), 1)
 
 
 @fused
 def scale_by_mask(grad: torch.Tensor, packed: torch.Tensor, inside: float, outside: float) -> torch.Tensor:
     """`grad` times `inside` where the bit is set, times `outside` elsewhere."""
-    return torch.where(unpack(packed, 1) != 0, grad * inside, grad * outside)
+    dtype = grad.dtype
+    set_ = unpack(packed, 1).float() > 0
+    grad = grad.float()
+    return torch.where(set_, grad * inside, grad * outside if outside else 0.0).to(dtype)
 
 
 def binned_kernel(x: torch.Tensor, name: str, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -82,7 +107,7 @@ def binned_kernel(x: torch.Tensor, name: str, bits: int) -> tuple[torch.Tensor, 
 def masked_kernel(x: torch.Tensor, name: str, options: list[float]) -> tuple[torch.Tensor, torch.Tensor]:
     """The activation of `x` and its packed mask."""
     rule = masked_rule(name, options)
-    return rule.function(x), encode_mask(flat.rows(x), rule.low, rule.high, rule.closed)
+    return rule.function(x), encode_mask(flat.rows(x), rule.low, rule.high, rule.closed, rule.rounded)
 
 
 binned = torch.library.custom_op("s2a_fx::binned", binned_kernel, mutates_args=())
@@ -105,22 +130,22 @@ def _codes(x: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def _setup_binned(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    _, ctx.name, ctx.bits = inputs
-    _setup(ctx, output)
+    x, ctx.name, ctx.bits = inputs
+    _setup(ctx, x, output)
 
 
 def _setup_masked(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    _, ctx.name, ctx.options = inputs
-    _setup(ctx, output)
+    x, ctx.name, ctx.options = inputs
+    _setup(ctx, x, output)
 
 
-def _setup(ctx, output) -> None:  # type: ignore[no-untyped-def]
-    y, codes = output
+def _setup(ctx, x, output) -> None:  # type: ignore[no-untyped-def]
+    codes = output[1]
     ctx.mark_non_differentiable(codes)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(codes)
-    ctx.channels_last = flat.is_channels_last(y)
-    ctx.shape = y.shape
+    ctx.channels_last = flat.is_channels_last(x)
+    ctx.shape = x.shape
 
 
 def _gradient(ctx, grad):  # type: ignore[no-untyped-def]

@@ -11,7 +11,8 @@ from s2a_fx.ops.activation import encode_mask, scale_by_mask
 def dropout_kernel(x: torch.Tensor, p: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Dropout of `x` with its packed mask."""
     noise = F.dropout(torch.ones_like(x), p)
-    return x * noise, encode_mask(flat.rows(noise), 0.0, float("inf"), False)
+    in_order = noise if flat.is_channels_last(x) else noise.contiguous()
+    return x * noise, encode_mask(flat.rows(in_order), 0.0, float("inf"), False, False)
 
 
 dropout = torch.library.custom_op("s2a_fx::dropout", dropout_kernel, mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))

@@ -22,7 +22,7 @@ import torch
 _enabled = os.environ.get("S2A_FX_COMPILE", "1") != "0"
 
 # Roundings to 16 bits inside a kernel are kept: without it a kernel computes on with the unrounded value, and the bits differ.
-_OPTIONS = {"emulate_precision_casts": True}
+_OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {"emulate_precision_casts": True}
 
 LINES: dict[Any, Callable[..., Any]] = {}
 """Fused operator -> its lines."""
@@ -90,18 +90,22 @@ def _kernel(lines: Callable[..., Any], options: tuple[Any, ...]) -> Callable[...
 
     # Dynamo caches by code object: one of its own for each set of options, or they would evict each other.
     own = types.FunctionType(call.__code__.replace(), call.__globals__, lines.__name__, None, call.__closure__)
-    compiled = torch.compile(own, fullgraph=True, dynamic=False, options=_OPTIONS)
-    state = {"run": compiled}
+    state: dict[str, Callable[..., Any]] = {}
 
     def run(*tensors: torch.Tensor) -> Any:
         try:
+            if not state:
+                state["run"] = torch.compile(own, fullgraph=True, dynamic=False, options=_OPTIONS)
             return state["run"](*tensors)
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, ImportError, OSError) as error:
-            if state["run"] is call:
+            if state.get("run") is call:
                 raise
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
             warnings.warn(
-                f"{lines.__name__}: Inductor could not compile it ({str(error).splitlines()[0]}); it runs uncompiled, slower but "
-                "with the same result. S2A_FX_COMPILE=0 turns compilation off.",
+                f"{lines.__name__}: Inductor could not compile it ({reason}); it runs uncompiled, slower but with the same result. "
+                "S2A_FX_COMPILE=0 turns compilation off.",
                 stacklevel=2,
             )
             state["run"] = call

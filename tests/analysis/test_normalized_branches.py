@@ -1,0 +1,130 @@
+"""Residual branches that begin with a norm: which are found, where they end, what they read, and which are none."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small_models import small_model
+from torch import nn
+
+import s2a_fx
+from s2a_fx.analysis.normalized_branches import normalized_branches
+
+
+class Residual(nn.Module):
+    def __init__(self, body, norm=None):
+        super().__init__()
+        self.norm = norm or nn.LayerNorm(32)
+        self.body = body
+
+    def forward(self, x):
+        return x + self.body(self.norm(x))
+
+
+class ReadTwice(Residual):
+    def forward(self, x):
+        y = self.norm(x)
+        return x + self.body(y) + y.mean()
+
+
+class NotAdded(Residual):
+    def forward(self, x):
+        return self.body(self.norm(x))
+
+
+class Functional(Residual):
+    def forward(self, x):
+        return x + self.body(F.layer_norm(x, (32,), self.norm.weight, self.norm.bias, 1e-3))
+
+
+class ReadsTheBlock(Residual):
+    """Cross attention of a kind: the branch reads the raw block input, too."""
+
+    def forward(self, x):
+        return x + self.body(self.norm(x) * x)
+
+
+class Scaled(Residual):
+    def __init__(self, body):
+        super().__init__(body)
+        self.gamma = nn.Parameter(torch.ones(32))
+
+    def forward(self, x):
+        return x + self.body(self.norm(x)) * self.gamma
+
+
+def mlp(*between):
+    return nn.Sequential(nn.Linear(32, 64), nn.GELU(), *between, nn.Linear(64, 32))
+
+
+def branches_of(block, x=None):
+    x = torch.randn(2, 5, 32) if x is None else x
+    return normalized_branches(s2a_fx.trace(nn.Sequential(nn.Linear(32, 32), block), x))
+
+
+@pytest.mark.parametrize(("family", "count"), [("vit", 6), ("swin", 10), ("convnext", 5), ("resnet", 0)])
+def test_every_branch_of_a_family_is_found(family, count):
+    branches = normalized_branches(s2a_fx.trace(*small_model(family)))
+    assert len(branches) == count
+    owned = [node for branch in branches for node in (branch.norm, *branch.nodes)]
+    assert len(owned) == len(set(owned))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("rate", ["attn_drop_rate", "proj_drop_rate", "drop_path_rate"])
+def test_dropout_hides_no_branch(rate, fused):
+    model, x = small_model("vit", **{rate: 0.5})
+    for block in model.blocks:
+        block.attn.fused_attn = fused
+    assert len(normalized_branches(s2a_fx.trace(model, x))) == 6
+
+
+def test_a_branch_ends_with_its_last_linear_layer():
+    (branch,) = branches_of(Residual(mlp()))
+    assert [str(n.target) for n in (branch.norm, *branch.nodes)] == ["1.norm", "1.body.0", "1.body.1", "1.body.2"]
+    assert branch.tail is branch.output is branch.nodes[-1]
+    assert (branch.weight, branch.bias) == ("1.norm.weight", "1.norm.bias")
+    assert (branch.rule.eps, branch.rule.centered) == (1e-5, True)
+    assert str(branch.source.target) == "0"
+    assert branch.operands == ()
+    assert branch.by_image
+
+
+def test_dropout_after_the_last_layer_stays_outside_and_dropout_before_it_draws():
+    (after,) = branches_of(Residual(nn.Sequential(mlp(), nn.Dropout(0.5))))
+    assert str(after.output.target) == "1.body.0.2"
+    assert after.by_image
+    (inside,) = branches_of(Residual(mlp(nn.Dropout(0.5))))
+    assert not inside.by_image
+    assert not inside.by_image
+
+
+def test_a_frozen_scale_stays_outside_and_a_trained_one_does_not():
+    block = Scaled(mlp())
+    (trained,) = branches_of(block)
+    assert trained.tail is None
+    assert [str(o.target) for o in trained.operands] == ["1.gamma"]
+    block.gamma.requires_grad_(False)
+    (frozen,) = branches_of(block)
+    assert str(frozen.output.target) == "1.body.2"
+    assert frozen.tail is frozen.output
+
+
+def test_a_functional_norm_and_an_rms_norm():
+    (branch,) = branches_of(Functional(mlp()))
+    assert (branch.rule.eps, branch.weight) == (1e-3, "1.norm.weight")
+
+
+def test_a_norm_without_parameters():
+    (branch,) = branches_of(Residual(mlp(), nn.LayerNorm(32, elementwise_affine=False)))
+    assert (branch.weight, branch.bias) == (None, None)
+
+
+@pytest.mark.parametrize("block", [ReadTwice, NotAdded, ReadsTheBlock])
+def test_what_is_no_branch(block):
+    assert branches_of(block(mlp())) == ()
+
+
+def test_batch_norm_inside_is_no_branch():
+    body = nn.Sequential(nn.Linear(32, 64), nn.BatchNorm1d(5), nn.Linear(64, 32))
+    assert branches_of(Residual(body)) == ()
+    assert branches_of(Residual(mlp(), nn.LayerNorm((5, 32)))) == ()  # over two dimensions

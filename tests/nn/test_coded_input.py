@@ -1,0 +1,289 @@
+"""Coded inputs: any part of a model, recomputed from the codes of what it reads."""
+
+import copy
+import dataclasses
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from saved_bytes import Kept, cosine
+from small_models import small_model
+from steps import layers, step, worst_cosine
+from torch import nn
+
+import s2a_fx
+from s2a_fx.codecs.rows import Rows
+from s2a_fx.ops import flat
+from s2a_fx.passes import CompressActivations
+
+
+class Product(nn.Module):
+    """Two activations multiplied, a trained convolution, a product of matrices, a softmax: none has an operator of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.gate = nn.Conv2d(8, 8, 3, padding=1, groups=2)
+        self.key = nn.Linear(64, 64)
+        self.head = nn.Linear(64, 5)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = x * self.gate(x)
+        x = x.flatten(2)
+        return self.head(torch.softmax(self.key(x) @ x.mT / 8, -1) @ x).mean(1)
+
+
+class Drawn(nn.Module):
+    """`function` between two layers; it draws."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.a = nn.Linear(64, 64)
+        self.function = function
+        self.b = nn.Linear(64, 5)
+
+    def forward(self, x):
+        return self.b(self.function(self.a(x.flatten(2)))).mean(1)
+
+
+class Attention(nn.Module):
+    def forward(self, x):
+        return F.scaled_dot_product_attention(x, x, x, dropout_p=0.5 if self.training else 0.0)
+
+
+class AttentionByPosition(nn.Module):
+    def forward(self, x):
+        return F.scaled_dot_product_attention(x, x, x, None, 0.5)
+
+
+class FeatureDropout(nn.Module):
+    def forward(self, x):
+        return F.feature_alpha_dropout(x, 0.5, self.training)
+
+
+DRAWING = {
+    "nn.Dropout": lambda: nn.Dropout(0.5),
+    "nn.AlphaDropout": lambda: nn.AlphaDropout(0.5),
+    "a function's dropout": FeatureDropout,
+    "attention dropout": Attention,
+    "attention dropout by position": AttentionByPosition,
+}
+IMAGES = (4, 3, 8, 8)
+
+
+def coded(model, x, bits=8):
+    options = {field.name: bits for field in dataclasses.fields(CompressActivations) if field.name.endswith("bits")}
+    gm = s2a_fx.transform(model, x, (CompressActivations(**options, smallest=1),))
+    assert layers(gm, "CodedInput")
+    return gm
+
+
+def network(images=IMAGES):
+    torch.manual_seed(0)
+    return Product(), torch.randn(images)
+
+
+def drawing(case):
+    torch.manual_seed(0)
+    return Drawn(DRAWING[case]()), torch.randn(4, 8, 8, 8)
+
+
+@pytest.mark.parametrize("family", ["vit", "convnext"])
+def test_forward_is_equal_and_gradients_are_near_at_8_bits(family):
+    model, x = small_model(family)
+    y, exact = step(model, x)
+    output, actual = step(coded(model, x), x)
+    assert torch.equal(output, y)
+    assert worst_cosine(actual, exact) > (0.999,)
+
+
+def test_any_operator():
+    model, x = network()
+    y, exact = step(model, x)
+    output, actual = step(coded(model, x), x)
+    assert torch.equal(output, y)
+    assert worst_cosine(actual, exact) > (0.999,)
+
+
+def test_gradients_get_nearer_with_every_bit():
+    model, x = network()
+    exact = step(model, x)[1]
+    worst = [worst_cosine(step(coded(model, x, bits), x)[1], exact)[0] for bits in (2, 4, 6, 8)]
+    assert worst == sorted(worst)
+
+
+@pytest.mark.parametrize("bits", [1, 4, 8])
+def test_bytes_kept_are_the_codec_s(bits):
+    model = nn.Sequential(nn.Conv2d(8, 8, 3))
+    x = torch.randn(2, 8, 9, 9, requires_grad=True)
+    gm = coded(model, x, bits)
+    with Kept(*gm.parameters()) as kept:
+        y = gm(x)
+    rows = flat.rows(x, 64).shape[0]
+    assert kept.nbytes == Rows(bits).nbytes(rows, 64)
+    del y
+
+
+@pytest.mark.parametrize("case", DRAWING)
+def test_what_is_drawn_inside_is_drawn_again(case):
+    model, x = drawing(case)
+    y, exact = step(model, x)
+    output, actual = step(coded(model, x), x)
+    assert torch.equal(output, y)
+    assert worst_cosine(actual, exact) > (0.999,)
+
+
+@pytest.mark.parametrize(("rate", "fused"), [("attn_drop_rate", True), ("attn_drop_rate", False), ("drop_path_rate", True)])
+def test_timm_s_own_dropout_is_drawn_again(rate, fused):
+    model, x = small_model("vit", **{rate: 0.5})
+    for block in model.blocks:
+        block.attn.fused_attn = fused
+    y, exact = step(model, x)
+    output, actual = step(coded(model, x), x)
+    assert torch.equal(output, y)
+    assert worst_cosine(actual, exact) > (0.999,)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def test_copies_compute_the_same_and_share_nothing(copied):
+    model, x = network()
+    gm = coded(model, x)
+    other = copied(gm)
+    output, grads = step(gm, x)
+    again, other_grads = step(other, x)
+    assert torch.equal(again, output)
+    assert all(torch.equal(other_grads[n], grads[n]) for n in grads)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.add_(0.1)
+    assert torch.equal(step(gm, x)[0], output)
+    assert all(torch.equal(g, grads[n]) for n, g in step(gm, x)[1].items())
+    assert not torch.equal(step(other, x)[0], output)
+
+
+def test_weights_moved_to_another_dtype_follow():
+    model, x = network()
+    gm = coded(model, x).to(torch.float64)
+    output, actual = step(gm, x.double())
+    y, exact = step(model.double(), x.double())
+    assert torch.equal(output, y)
+    assert {g.dtype for g in actual.values()} == {torch.float64}
+    assert worst_cosine(actual, exact) > (0.999,)
+
+
+def test_backward_twice():
+    model, x = network()
+    gm = coded(model, x)
+    loss = gm(x).square().sum()
+    loss.backward(retain_graph=True)
+    once = {n: p.grad.clone() for n, p in gm.named_parameters()}
+    loss.backward()
+    for n, p in gm.named_parameters():
+        torch.testing.assert_close(p.grad, 2 * once[n])
+
+
+def test_a_second_derivative_is_refused_or_right():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(64, 64), nn.Softmax(-1), nn.Linear(64, 8)), torch.randn(4, 64)
+
+    def penalty(module):
+        leaf = x.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(module(leaf).square().sum(), leaf, create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), leaf)[0]
+
+    gm = coded(model, x)
+    try:
+        actual = penalty(gm)
+    except RuntimeError:
+        return
+    assert cosine(actual, penalty(model)) > 0.999
+
+
+def test_without_gradients_it_is_the_plain_module():
+    model, x = network()
+    gm = coded(model, x)
+    for train in (True, False):
+        with torch.no_grad(), Kept() as kept:
+            assert torch.equal(gm.train(train)(x), model.train(train)(x))
+        assert kept.nbytes == 0
+
+
+def test_under_autocast():
+    model, x = network()
+    gm = coded(model, x)
+    results = []
+    for module in (model, gm):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = module(x)
+        module.zero_grad()
+        (y.float() * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
+        results.append((y.detach(), torch.cat([p.grad.flatten() for p in module.parameters()])))
+    assert results[1][0].dtype is results[0][0].dtype
+    assert torch.equal(results[1][0], results[0][0])
+    assert cosine(results[1][1], results[0][1]) > 0.98
+
+
+def test_a_step_of_the_grad_scaler():
+    model, x = network()
+    gm = coded(model, x)
+    before = gm.get_parameter("gate.weight").detach().clone()
+    optimizer, scaler = torch.optim.SGD(gm.parameters(), 0.1), torch.amp.GradScaler("cpu")
+    exact = step(model, x)[1]["gate.weight"]
+    y = gm(x)
+    scaler.scale((y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum()).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert cosine(before - gm.get_parameter("gate.weight"), exact) > 0.999
+
+
+@pytest.mark.parametrize("images", [(4, 6, 8, 8), (0, 3, 8, 8), (1, 3, 8, 8)])
+def test_channels_last_and_other_batches(images):
+    model, x = network()
+    gm = coded(model, x)
+    x = torch.randn(images)[:, :3].to(memory_format=torch.channels_last)
+    y, exact = step(model, x)
+    output, actual = step(gm, x)
+    torch.testing.assert_close(output, y)
+    assert worst_cosine(actual, exact) > (0.999,) if len(x) else actual.keys() == exact.keys()
+
+
+def test_called_twice_in_one_forward():
+    model, x = drawing("nn.AlphaDropout")
+    gm = coded(model, x)
+
+    class Twice(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return self.inner(x) + self.inner(2 * x)
+
+    y, exact = step(Twice(model), x)
+    output, actual = step(Twice(gm), x)
+    assert torch.equal(output, y)
+    assert worst_cosine(actual, exact) > (0.999,)
+
+
+def test_a_batch_norm_s_statistics_move_once():
+    class Functional(nn.Module):
+        """A batch norm that no module type betrays."""
+
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3)
+            self.register_buffer("mean", torch.zeros(8))
+            self.register_buffer("variance", torch.ones(8))
+
+        def forward(self, x):
+            return F.batch_norm(self.conv(x), self.mean, self.variance, training=True)
+
+    model, x = Functional(), torch.randn(4, 3, 16, 16)
+    gm = copy.deepcopy(coded(model, x))
+    model.load_state_dict(gm.state_dict())
+    step(model, x)
+    step(gm, x)
+    for name in ("mean", "variance"):
+        torch.testing.assert_close(gm.get_buffer(name), model.get_buffer(name))

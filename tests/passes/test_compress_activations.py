@@ -1,0 +1,174 @@
+"""CompressActivations and the recipes that end with it: bytes, training, modes, what is left alone and what is refused."""
+
+import pytest
+import torch
+from small_models import small_model
+from steps import layers, step, ten_steps, worst_cosine
+from torch import nn
+
+import s2a_fx
+from s2a_fx.analysis.measure import measure_saved_bytes
+from s2a_fx.analysis.notes import notes_of
+from s2a_fx.passes import CompressActivations, FreezeWeights, RecomputeBranches
+
+RECIPES = ["s2a", "s2a-max"]
+TRAINED = [("vit", "s2a"), ("swin", "s2a"), ("convnext", "s2a"), ("resnet", "s2a"), ("vit", "s2a-max")]
+ALL = CompressActivations(smallest=1)
+
+
+def uncompressed(recipe):
+    """The passes of a recipe that change what trains and how it is computed, not what is kept."""
+    return tuple(p for p in s2a_fx.RECIPES[recipe] if not isinstance(p, CompressActivations | RecomputeBranches))
+
+
+def seeded(module, x):
+    torch.manual_seed(1)
+    with torch.enable_grad():
+        return module(x).detach()
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_predicted_bytes_equal_bytes_held_by_autograd(family, recipe):
+    model, x = small_model(family)
+    gm = s2a_fx.transform(model, x, recipe)
+    assert s2a_fx.analyze(gm, x).saved_bytes == measure_saved_bytes(gm, (x,))
+
+
+@pytest.mark.parametrize("family", ["vit", "convnext"])
+def test_predicted_bytes_equal_bytes_held_by_autograd_when_all_is_coded_and_trained(family):
+    model, x = small_model(family)
+    gm = s2a_fx.transform(model, x, (ALL,))
+    predicted = s2a_fx.analyze(gm, x).saved_bytes
+    assert predicted == measure_saved_bytes(gm, (x,))
+    assert predicted < 0.45 * measure_saved_bytes(model, (x,))
+
+
+@pytest.mark.parametrize(("family", "recipe"), TRAINED)
+def test_output_is_that_of_the_uncompressed_recipe_and_gradients_are_near(family, recipe):
+    model, x = small_model(family)
+    gm, reference = (s2a_fx.transform(model, x, r) for r in (recipe, uncompressed(recipe)))
+    y, exact = step(reference, x)
+    output, actual = step(gm, x)
+    assert torch.equal(output, y)
+    joined = [{"all": torch.cat([g[n].flatten() for n in exact if n != "input"])} for g in (actual, exact)]
+    assert worst_cosine(*joined) > (0.95,)
+    assert torch.equal(gm.eval()(x), reference.eval()(x))
+
+
+@pytest.mark.parametrize(("family", "recipe"), TRAINED)
+def test_ten_steps_lower_the_loss(family, recipe):
+    model, x = small_model(family)
+    losses = ten_steps(s2a_fx.transform(model, x, recipe), x)
+    assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_eval_after_train_is_deterministic(recipe):
+    model, x = small_model("vit", drop_path_rate=0.5, proj_drop_rate=0.5)
+    gm = s2a_fx.transform(model, x, recipe).train()
+    assert not torch.equal(gm(x), gm(x))
+    gm.eval()
+    assert torch.equal(gm(x), gm(x))
+    with torch.no_grad():
+        assert torch.equal(gm(x), seeded(gm, x))
+
+
+@pytest.mark.parametrize("family", ["vit", "convnext"])
+def test_what_trains_is_the_same_as_uncompressed(family):
+    model, x = small_model(family)
+    names = [
+        {n for n, p in s2a_fx.transform(model, x, recipe).named_parameters() if p.requires_grad}
+        for recipe in ("s2a", uncompressed("s2a"))
+    ]
+    assert names[0] == names[1]
+
+
+def test_exact_forms_have_exact_gradients():
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, stride=2, bias=False),
+        nn.LeakyReLU(0.1),
+        nn.Dropout(0.3),
+        nn.Conv2d(8, 4, 1),
+    )
+    for layer in model:
+        if isinstance(layer, nn.Conv2d):
+            layer.weight.requires_grad_(False)
+    x = torch.randn(2, 3, 16, 16)
+    gm = s2a_fx.transform(model, x, (ALL,))
+    y, exact = step(model, x)
+    output, actual = step(gm, x)
+    assert torch.equal(output, y)
+    assert actual.keys() == exact.keys()
+    for name in exact:
+        torch.testing.assert_close(actual[name], exact[name], rtol=1e-5, atol=1e-6)
+    kinds = {type(m).__name__ for m in gm.modules()}
+    assert {"FrozenConvolution", "MaskedActivation", "CodedDropout"} <= kinds
+    assert "CodedInput" not in kinds
+
+
+def test_nodes_that_keep_little_are_left_alone(vit):
+    gm = s2a_fx.transform(*vit, (CompressActivations(smallest=10**9),))
+    assert not any(type(m).__name__.startswith(("Coded", "Masked", "Frozen")) for m in gm.modules())
+
+
+def test_fewer_bits_keep_fewer_bytes():
+    model, x = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.LayerNorm(64), nn.Linear(64, 8), nn.Softmax(-1)), torch.randn(16, 32)
+    kept = []
+    for bits in (1, 4, 6):
+        gm = s2a_fx.transform(model, x, (CompressActivations(bits, bits, input_bits=bits, smallest=1),))
+        kept.append(s2a_fx.analyze(gm, x).saved_bytes)
+    assert kept[0] < kept[1] < kept[2]
+
+
+def test_a_model_that_keeps_nothing_is_left_alone(vit):
+    gm = s2a_fx.transform(*vit, (FreezeWeights(keep=("head.bias",)), ALL))
+    assert s2a_fx.analyze(gm, vit[1]).saved_bytes == 0
+    assert torch.equal(seeded(gm, vit[1]), seeded(vit[0], vit[1]))
+
+
+def test_without_norm_branches_there_are_notes_and_no_errors():
+    model, x = small_model("resnet")
+    for recipe in RECIPES:
+        gm = s2a_fx.transform(model, x, recipe)
+        assert not layers(gm, "RecomputedBranch")
+        assert all(note.reason for note in notes_of(gm))
+
+
+def test_an_activation_in_place_is_read_by_later_users_as_overwritten():
+    class Overwrites(nn.Module):
+        def __init__(self, act):
+            super().__init__()
+            self.a = nn.Linear(16, 16)
+            self.act = act
+
+        def forward(self, x):
+            h = self.a(x)
+            y = self.act(h)
+            return y + h
+
+    for act in (nn.ReLU(inplace=True), nn.SiLU(inplace=True), nn.Hardtanh(-0.5, 0.5, inplace=True), nn.ELU(inplace=True)):
+        model, x = Overwrites(act), torch.randn(6, 16)
+        gm = s2a_fx.transform(model, x, (CompressActivations(6, smallest=1),))
+        y, exact = step(model, x)
+        output, actual = step(gm, x)
+        assert torch.equal(output, y)
+        assert worst_cosine(actual, exact) > (0.999,)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"activation_bits": 0},
+        {"norm_bits": 9},
+        {"input_bits": True},
+        {"input_bits": 2.0},
+        {"smallest": -1},
+        {"smallest": "64k"},
+    ],
+    ids=str,
+)
+def test_bad_options_are_refused(options):
+    with pytest.raises(s2a_fx.InputError):
+        CompressActivations(**options)

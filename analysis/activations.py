@@ -90,7 +90,7 @@ def activation(gm: fx.GraphModule, node: fx.Node) -> Activation | None:
     name = _FUNCTIONS.get(node.target)
     if name is None:
         return None
-    return Activation(name, operand, (), node.target in _IN_PLACE or bool(node.kwargs.get("inplace")))
+    return Activation(name, operand, (), node.target in _IN_PLACE or bool(_argument(node, 1, "inplace", False)))
 
 
 def _of_module(module: nn.Module, operand: fx.Node) -> Activation | None:
@@ -105,7 +105,7 @@ def _of_module(module: nn.Module, operand: fx.Node) -> Activation | None:
     if isinstance(module, nn.ELU):
         return Activation("elu", operand, (), inplace) if module.alpha == 1 else None
     if isinstance(module, nn.Softplus):
-        return Activation("softplus", operand) if module.beta == 1 else None
+        return Activation("softplus", operand) if (module.beta, module.threshold) == (1, 20) else None
     if name in _MODULES and type(module).__module__.startswith(("torch.nn", "timm.layers")):
         return Activation(_MODULES[name], operand, (), inplace)
     return None

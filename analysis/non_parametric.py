@@ -160,7 +160,13 @@ def dropout_probability(gm: fx.GraphModule, node: fx.Node) -> float | None:
 
 
 def product_with_values(gm: fx.GraphModule, softmax: fx.Node) -> tuple[fx.Node, fx.Node, float] | None:
-    """The product, the values and the dropout's p in `dropout(softmax) @ values`; None where the map is read otherwise."""
+    """The product, the values and the dropout's p in `dropout(softmax) @ values`; None where the map is read otherwise.
+
+    The softmax runs over the last dimension, in its operand's dtype.
+    """
+    layer = non_parametric(gm, softmax)
+    if layer is None or layer.options["dim"] not in (-1, softmax.meta["val"].ndim - 1) or layer.options.get("dtype") is not None:
+        return None
     node, dropout_p = softmax, 0.0
     while len(node.users) == 1:
         (user,) = node.users

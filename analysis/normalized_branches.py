@@ -6,7 +6,6 @@ A branch may read parameters, and what is made of parameters alone (a table of r
 """
 
 import operator
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from s2a_fx.analysis.non_parametric import dropout_probability, non_parametric
+from s2a_fx.nn.recompute import can_be_ghost
 from s2a_fx.nn.recomputed_branch import Norm
 from s2a_fx.nn.training_switch import TrainingSwitch
 
@@ -22,8 +22,8 @@ _ADDS = (operator.add, operator.iadd, torch.add, "add", "add_")
 _VIEWS = ("view", "reshape", "permute", "transpose", "contiguous", "flatten", "unflatten", "squeeze", "unsqueeze")
 _VIEW_FUNCTIONS = (operator.getitem, torch.permute, torch.reshape, torch.flatten, torch.roll, torch.transpose)
 _TIMM_VIEWS = ("window_partition", "window_reverse", "window_partition_nchw", "window_reverse_nchw")
+_REDUCTIONS = ("mean", "sum", "amax", "amin", "max", "min", "var", "std", "softmax", "log_softmax", "cumsum", "norm", "flip")
 _SCALES = (operator.mul, torch.mul, "mul", "mul_")
-_RUN_ONCE = (nn.modules.batchnorm._BatchNorm, nn.RReLU)
 
 
 @dataclass(frozen=True)
@@ -116,12 +116,19 @@ def _branch(gm: fx.GraphModule, norm: fx.Node, order: dict[fx.Node, int], depend
     inside = _ancestors(output, region)
     inside |= _made_of_parameters(inside, order, dependent)
     nodes = tuple(sorted(inside - {norm}, key=order.__getitem__))
-    if any(_of_type(gm, n, _RUN_ONCE) for n in nodes):
+    if any(n.op == "call_module" and any(map(runs_once, gm.get_submodule(str(n.target)).modules())) for n in nodes):
         return None
     operands = tuple(dict.fromkeys(o for n in nodes for o in n.all_input_nodes if o not in inside))
     tail = _tail(gm, nodes, inside)
     draws = any(_draws(gm, n) for n in nodes)
-    by_image = not any(o in dependent for o in operands) and norm.meta["val"].shape[0] == output.meta["val"].shape[0] and not draws
+    batch = next(n for n in gm.graph.nodes if n.op == "placeholder").meta["val"].shape[0]
+    by_image = (
+        norm.meta["val"].shape[0] == output.meta["val"].shape[0] == batch
+        and norm.meta["val"].shape[1] != batch  # or the first dimension may be the tokens'
+        and not any(o in dependent for o in operands)
+        and not draws
+        and not any(_mixes_images(gm, n) for n in nodes)
+    )
     return NormalizedBranch(norm, described[0], norm.all_input_nodes[0], *described[1:], nodes, operands, tail, by_image)
 
 
@@ -214,7 +221,11 @@ def _tail(gm: fx.GraphModule, nodes: tuple[fx.Node, ...], inside: set[fx.Node]) 
     """The linear layer that only views follow, up to the branch's output."""
     node = nodes[-1]
     while True:
-        if _of_type(gm, node, (nn.Linear,)):
+        if (
+            node.op == "call_module"
+            and isinstance(linear := gm.get_submodule(str(node.target)), nn.Linear)
+            and can_be_ghost(linear)
+        ):
             return node if len(node.users) == 1 or node is nodes[-1] else None
         sources = [o for o in node.all_input_nodes if o in inside and _is_tensor(o)]
         if len(sources) != 1 or not _is_view(gm, node) or any(u not in inside for u in sources[0].users):
@@ -232,8 +243,32 @@ def _is_view(gm: fx.GraphModule, node: fx.Node) -> bool:
     return node.target in _VIEW_FUNCTIONS or getattr(node.target, "__name__", "") in _TIMM_VIEWS
 
 
-def _of_type(gm: fx.GraphModule, node: fx.Node, types: Iterable[type]) -> bool:
-    return node.op == "call_module" and isinstance(gm.get_submodule(str(node.target)), tuple(types))
+def runs_once(module: nn.Module) -> bool:
+    """Whether a module must not run a second time on codes: it counts its batches, or draws where x < 0."""
+    counts = isinstance(module, nn.modules.batchnorm._NormBase) and (
+        module.track_running_stats or isinstance(module, nn.modules.batchnorm._BatchNorm)
+    )
+    return (
+        counts or isinstance(module, nn.RReLU) or any("spectral_norm" in str(hook) for hook in module._forward_pre_hooks.values())
+    )
+
+
+def _mixes_images(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node may reach across the first dimension: a reduction, a softmax or a roll along it, or an attention module."""
+    if node.op == "call_module":
+        return isinstance(gm.get_submodule(str(node.target)), nn.MultiheadAttention | nn.Softmax) and not _is_over_last(gm, node)
+    name = getattr(node.target, "__name__", str(node.target))
+    dims = node.kwargs.get("dim", node.kwargs.get("dims", node.args[1] if len(node.args) > 1 else None))
+    if name in _REDUCTIONS:
+        return dims is None or 0 in (dims if isinstance(dims, list | tuple) else (dims,))
+    if name == "roll":
+        dims = node.kwargs.get("dims", node.args[2] if len(node.args) > 2 else None)
+        return dims is None or 0 in (dims if isinstance(dims, list | tuple) else (dims,))
+    return False
+
+
+def _is_over_last(gm: fx.GraphModule, node: fx.Node) -> bool:
+    return getattr(gm.get_submodule(str(node.target)), "dim", None) == -1
 
 
 def _draws(gm: fx.GraphModule, node: fx.Node) -> bool:

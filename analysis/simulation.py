@@ -300,7 +300,7 @@ class _Keeper:
 def _operand_names(node: Any, attribute: str) -> list[str]:
     """What to call the tensors behind an attribute: `GeluBackward0.self`, or an operator of this package and its own words."""
     function = type(node).__name__
-    saved_names = getattr(getattr(node, "_forward_cls", None), "saved_names", None)
+    saved_names = getattr(node, "saved_names", None)
     if saved_names and attribute == "saved_tensors":
         return [f"{function.strip('_').removesuffix('Backward')}.{name}" for name in saved_names]
     custom = re.fullmatch(r"GeneratedBackwardFor_s2a_fx_(\w+)_defaultBackward", function)

@@ -38,17 +38,17 @@ if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; th
     base=(--models vit_base_patch16_224 convnext_base swin_base_patch4_window7_224 --batch-size 32 --rounds 5)
     stage step-float32 190 step "${base[@]}"
     stage step-bfloat16 160 step "${base[@]}" --dtype bfloat16
-    stage peak 80 step --rounds 0 --batch-size 8 --methods full linear bias s2a-paper s2a \
+    stage peak 80 step --rounds 0 --batch-size 8 --methods full linear bias s2a-paper s2a s2a-max \
         --models resnet50 efficientnet_b0 convnextv2_atto pvt_v2_b0 regnety_002 davit_tiny
 else
     device=cpu
     export OMP_NUM_THREADS=1
-    methods=(--methods full bias bias+checkpoint s2a-paper)
+    methods=(--methods full bias bias+checkpoint s2a s2a-max)
     stage kernels-float32 35 kernels --batch-size 1 --runs 2
     stage kernels-bfloat16 30 kernels --batch-size 1 --runs 2 --dtype bfloat16
     stage step-float32 45 step --models vit_tiny_patch16_224 --batch-size 2 --rounds 2 "${methods[@]}" lora
     stage step-bfloat16 45 step --models vit_tiny_patch16_224 --batch-size 2 --rounds 2 "${methods[@]}" --dtype bfloat16
-    stage peak 25 step --models convnext_atto --batch-size 2 --rounds 0 --methods full bias s2a-paper
+    stage peak 25 step --models convnext_atto --batch-size 2 --rounds 0 --methods full bias s2a s2a-max
 fi
 ls -l "$out"/gpu-*.json
 exit $failed

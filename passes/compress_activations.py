@@ -25,7 +25,7 @@ from torch import fx, nn
 
 from s2a_fx.analysis.activations import activation
 from s2a_fx.analysis.non_parametric import dropout_probability, non_parametric
-from s2a_fx.analysis.normalized_branches import dependent_nodes, normalization
+from s2a_fx.analysis.normalized_branches import dependent_nodes, normalization, runs_once
 from s2a_fx.analysis.notes import add_note
 from s2a_fx.analysis.provenance import module_stack, owner_path
 from s2a_fx.analysis.saved import SavedTensor, is_activation, saved_tensors
@@ -35,6 +35,7 @@ from s2a_fx.errors import InputError
 from s2a_fx.nn.coded import CodedActivation, CodedDropout, CodedLayerNorm, FrozenConvolution, MaskedActivation
 from s2a_fx.nn.coded_input import CodedInput
 from s2a_fx.nn.lite_side_branch import LiteSideBlock
+from s2a_fx.nn.recompute import can_be_ghost
 from s2a_fx.ops.activation import BINNED
 from s2a_fx.passes.base import Pass, call_inserted, free_path, snake_case
 from s2a_fx.passes.forms_of_normalization import (
@@ -49,12 +50,8 @@ from s2a_fx.passes.subgraphs import lifted
 
 CODING = "s2a_fx.coding"
 
+_IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
 _MAKES_MASKS = (zero_scores, operator.add, torch.add, "add", "view", "reshape", "transpose")
-_RUN_ONCE = (
-    nn.modules.batchnorm._BatchNorm,
-    nn.RReLU,
-)  # one counts its batches, one draws where x < 0: not to be run again on codes
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(frozen=True)
@@ -124,22 +121,38 @@ class CompressActivations(Pass):
         return bits.get(form, self.input_bits)
 
     def _pays(self, node: fx.Node, rows: list[SavedTensor], tagged: list[fx.Node]) -> bool:
-        """Whether a storage goes once all tagged nodes are coded; exact forms never cost anything."""
+        """Whether coding the node frees more than its codes take, once all tagged nodes are coded."""
         names = {n.name for n in tagged}
-        freed = [
-            row.bytes for row in rows if any(h.node == node.name for h in row.holders) and all(h.node in names for h in row.holders)
-        ]
-        return bool(freed) or node.meta[CODING].form == "frozen_convolution"
+        freed = 0
+        for row in rows:
+            holders = {h.node for h in row.holders}
+            if node.name in holders and holders <= names:
+                freed += row.bytes // len(holders)
+        if node.meta[CODING].form != "input":
+            return freed > 0 or node.meta[CODING].form == "frozen_convolution"
+        operands = [o.meta["val"].numel() for o in node.all_input_nodes if _is_float(o) and o.op != "get_attr"]
+        return freed > sum(operands) * node.meta[CODING].bits // 8
 
     def _note_what_is_left(self, gm: fx.GraphModule) -> None:
         """Say which tensors autograd still keeps at full width."""
         for row in saved_tensors(gm):
-            wide = row.dtype.is_floating_point and row.dtype is not torch.bfloat16
-            if is_activation(row) and wide and row.bytes >= self.smallest and not row.operand.startswith(_CODED):
+            known = row.operand.rpartition(".")[2] in _CODED and row.operand.startswith(_CODERS)
+            if is_activation(row) and row.bytes >= self.smallest and not known:
                 add_note(gm, "CompressActivations", row.node, f"{row.operand} still kept at full width: no form serves {row.op}")
 
 
-_CODED = ("RecomputedBranch", "CodedInput", "layer_norm.", "binned.", "masked.", "batch_norm.")
+_CODERS = (
+    "RecomputedBranch.",
+    "CodedInput.",
+    "layer_norm.",
+    "batch_norm.",
+    "frozen_batch_norm.",
+    "binned.",
+    "masked.",
+    "dropout.",
+    "max_pool.",
+)
+_CODED = ("codes", "ranges", "rstd", "shift", "mask")
 
 
 @dataclass(frozen=True)
@@ -194,8 +207,7 @@ def _replace_norm(gm: fx.GraphModule, node: fx.Node, bits: int) -> None:
 
 def _convolution(gm: fx.GraphModule, node: fx.Node) -> Any:
     module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
-    plain = type(module) in _CONVOLUTIONS and module.padding_mode == "zeros" and not isinstance(module.padding, str)  # type: ignore[union-attr]
-    return module if plain else None
+    return module if can_be_ghost(module) and not isinstance(module, nn.Linear) else None
 
 
 def _serves_frozen_convolution(gm: fx.GraphModule, node: fx.Node) -> bool:
@@ -218,10 +230,10 @@ def _serves_attention(gm: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _replace_attention(gm: fx.GraphModule, node: fx.Node, bits: int) -> None:
-    nodes = _with_what_makes_its_mask(node)
     layer = non_parametric(gm, node)
     assert layer is not None
     # A dropped map does not add up to 1: a constant in the values then counts.
+    nodes = _with_what_makes_its_mask(node, layer.operands[3:])
     plain = not layer.options["dropout_p"] and not layer.options["eval_dropout_p"]
     _replace_by_coded_input(gm, nodes, bits, [_source(n, nodes) for n in layer.operands[1:3]] if plain else [])
 
@@ -229,17 +241,20 @@ def _replace_attention(gm: fx.GraphModule, node: fx.Node, bits: int) -> None:
 def _source(node: fx.Node, inside: tuple[fx.Node, ...]) -> fx.Node | None:
     """Where keys or values come from, outside of the nodes; None if they lie transposed there."""
     turns = 0
-    while node in inside and node.target == "transpose":
+    while node in inside and node.target == "transpose" and node.args[1:] == (-2, -1):
         node, turns = node.all_input_nodes[0], turns + 1
     return None if turns % 2 or node in inside else node
 
 
-def _with_what_makes_its_mask(attention: fx.Node) -> tuple[fx.Node, ...]:
-    """The attention, and the views and sums above it that only it reads: a mask as wide as the map is made again, not kept."""
+def _with_what_makes_its_mask(attention: fx.Node, masks: tuple[fx.Node, ...]) -> tuple[fx.Node, ...]:
+    """The attention, and what makes its mask for it alone: one as wide as the map is made again, not kept."""
+    above = {*masks}
     run = {attention}
     for node in reversed(list(attention.graph.nodes)):
-        if node.target in _MAKES_MASKS and node.users and all(user in run for user in node.users):
+        makes = node in above or node.target == "transpose"  # keys are turned back and forth around a mask
+        if makes and node.target in _MAKES_MASKS and node.users and all(user in run for user in node.users):
             run.add(node)
+            above.update(node.all_input_nodes)
     return tuple(node for node in attention.graph.nodes if node in run)
 
 
@@ -249,13 +264,14 @@ def _serves_input(gm: fx.GraphModule, node: fx.Node) -> bool:
     inputs = [o.meta.get("val") for o in node.all_input_nodes]
     if not isinstance(value, torch.Tensor) or not value.is_floating_point() or not inputs:
         return False
+    if any(isinstance(v, list | tuple) for v in inputs):
+        return False
     if node.op == "call_module":
         modules = gm.get_submodule(str(node.target)).modules()
-        return not any(isinstance(m, _RUN_ONCE) or _is_coded(m) for m in modules)
-    if "batch_norm" in str(node.target):
-        return False
-    in_place = str(node.target).endswith("_") or bool(node.kwargs.get("inplace"))
-    return node.op in ("call_function", "call_method") and not in_place
+        return not any(runs_once(m) or _is_coded(m) or getattr(m, "inplace", False) for m in modules)
+    name = getattr(node.target, "__name__", str(node.target)).split(".")[0]
+    in_place = name.endswith("_") or node.target in _IN_PLACE or bool(node.kwargs.get("inplace"))
+    return node.op in ("call_function", "call_method") and "batch_norm" not in name and not in_place
 
 
 def _is_coded(module: nn.Module) -> bool:
@@ -294,7 +310,7 @@ def _is_float(node: fx.Node) -> bool:
 
 def _ghost(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
-    return node if isinstance(module, nn.Linear) or _convolution(gm, node) is not None else None
+    return node if can_be_ghost(module) else None
 
 
 FORMS: dict[str, Form] = {

@@ -63,6 +63,8 @@ def _fuse(gm: fx.GraphModule, softmax: fx.Node, dependent: set[fx.Node]) -> str 
     added, scale, scores = _scores(softmax.all_input_nodes[0], dependent)
     if scores is None:
         return "its scores are not a product of two activations, scaled and added to"
+    if scores.meta["val"].shape != softmax.meta["val"].shape or any(not t.meta["val"].is_floating_point() for t in added):
+        return "its scores are reshaped, or a mask of another type than theirs is added"
     if any(_trains(gm, term) for term in added):
         return "what is added to its scores is trained"
     query, keys = scores.args[:2]
@@ -90,6 +92,8 @@ def _scores(node: fx.Node, dependent: set[fx.Node]) -> tuple[list[fx.Node], floa
         tensors = [o for o in node.all_input_nodes if isinstance(o.meta.get("val"), torch.Tensor)]
         through = [o for o in tensors if o in dependent]
         if len(through) != 1 or len(through[0].users) != 1 + _shape_readers(through[0]):
+            return added, scale, None
+        if node.kwargs:
             return added, scale, None
         if node.target in _ADDS and len(tensors) == 2 and scale == 1.0:
             added += [o for o in tensors if o not in dependent]

@@ -57,8 +57,6 @@ class CodedInput(nn.Module):
 
 
 class _CodedInput(torch.autograd.Function):
-    saved_names = ("codes",)
-
     @staticmethod
     def forward(ctx: Any, module: CodedInput, count: int, *tensors: Any) -> torch.Tensor:
         arguments, trained = tensors[:count], tensors[count:]
@@ -75,6 +73,7 @@ class _CodedInput(torch.autograd.Function):
             codes += module.codec.encode(flat.rows(coded, 64))
             ctx.layouts.append((x.shape, x.dtype, flat.is_channels_last(coded), x.requires_grad))
         operands = arguments[module.activations :]
+        ctx.saved_names = ("codes", "ranges") * module.activations + ("operand",)
         ctx.save_for_backward(*codes, *(t for t in operands if isinstance(t, torch.Tensor)))
         ctx.constants = [None if isinstance(t, torch.Tensor) else t for t in operands]
         return out  # type: ignore[no-any-return]

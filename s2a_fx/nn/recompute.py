@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+import timm.layers
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -71,6 +72,16 @@ def refuse_second_derivative() -> None:
 def detached(value: Any) -> Any:
     """A tensor as a leaf of its own, its need of a gradient kept; anything else as it is."""
     return value.detach().requires_grad_(value.requires_grad) if isinstance(value, torch.Tensor) else value
+
+
+def can_be_ghost(module: nn.Module | None) -> bool:
+    """Whether a module is a plain linear layer or convolution, without hooks: what `Ghost` knows the backward of."""
+    if module is None or module._forward_hooks or module._forward_pre_hooks or hasattr(module, "parametrizations"):
+        return False
+    if type(module) in (nn.Linear, timm.layers.Linear):
+        return True
+    plain = type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    return plain and module.padding_mode == "zeros" and not isinstance(module.padding, str)
 
 
 class Ghost(nn.Module):

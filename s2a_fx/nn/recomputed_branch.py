@@ -70,8 +70,6 @@ class RecomputedBranch(nn.Module):
 
 
 class _RecomputedBranch(torch.autograd.Function):
-    saved_names = ("codes", "ranges", "rstd", "shift", "weight", "bias", "operand")
-
     @staticmethod
     def forward(ctx: Any, branch: RecomputedBranch, count: int, x: torch.Tensor, *tensors: Any) -> torch.Tensor:
         weight, bias, *operands = tensors[: 2 + count]
@@ -97,6 +95,8 @@ class _RecomputedBranch(torch.autograd.Function):
             del result
         ctx.random_state = unless_unchanged(before, x.device)
         joined = codes[0] if len(codes) == 1 else tuple(torch.cat(pieces) for pieces in zip(*codes, strict=True))
+        present = [name for name, t in (("weight", weight), ("bias", bias)) if t is not None]
+        ctx.saved_names = ("codes", "ranges", "rstd", "shift", *present, "operand")
         ctx.save_for_backward(*joined, shift, weight, bias, *(t for t in operands if isinstance(t, torch.Tensor)))
         ctx.constants = [None if isinstance(t, torch.Tensor) else t for t in operands]
         assert out is not None

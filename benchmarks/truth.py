@@ -20,7 +20,7 @@ from s2a_fx.analysis.measure import measure_peak_bytes, measure_saved_bytes
 FOUR = ["vit_base_patch16_224", "swin_base_patch4_window7_224", "convnext_base", "resnet50"]
 FURTHER = ["efficientnet_b0", "beit_base_patch16_224", "pvt_v2_b0", "poolformer_s12", "xcit_nano_12_p8_224", "convnextv2_atto"]
 FURTHER += ["maxvit_tiny_tf_224", "davit_tiny", "regnety_002", "deit_tiny_distilled_patch16_224"]
-RECIPES = ["full", "linear", "bias", "s2a-paper"]
+RECIPES = ["full", "linear", "bias", "s2a-paper", "s2a", "s2a-max"]
 
 
 def check(name: str, recipe: str, batch_size: int) -> dict[str, object]:

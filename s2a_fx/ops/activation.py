@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch.torch_version import TorchVersion
 
 from s2a_fx.codecs.bins import best_bins, encode_bins, scale_by_bins
 from s2a_fx.codecs.packing import pack, packed_width, unpack
@@ -34,12 +35,7 @@ BINNED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 """Activations with a smooth derivative. Name -> function."""
 
 
-def _passes_at(bounds: dict[str, float]) -> bool:
-    """Whether clamp has slope 1 at its lower bound: torch's versions differ, and so do one bound and two."""
-    return bool(torch.func.jvp(lambda x: x.clamp(**bounds), (torch.zeros(()),), (torch.ones(()),))[1])
-
-
-_CLOSED = {1: _passes_at({"min": 0.0}), 2: _passes_at({"min": 0.0, "max": 1.0})}
+_CLAMP_IS_CLOSED = TorchVersion(torch.__version__) < "2.14"  # the slope of clamp at its bounds became 0 (pytorch issue 195931)
 
 
 @dataclass(frozen=True)
@@ -73,7 +69,7 @@ def masked_rule(name: str, options: list[float]) -> Masked:
         functools.partial(torch.clamp, min=options[0], max=options[1]),
         options[0],
         options[1],
-        closed=_CLOSED[sum(map(math.isfinite, options))],
+        closed=_CLAMP_IS_CLOSED,
         rounded=True,
     )
 

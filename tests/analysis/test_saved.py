@@ -11,7 +11,7 @@ import s2a_fx
 from s2a_fx.analysis.measure import measure_saved_bytes
 from s2a_fx.zoo import timm_model
 
-RECIPES = ["full", "linear", "bias", "s2a-paper"]
+RECIPES = ["full", "linear", "bias", "s2a-paper", "s2a", "s2a-max"]
 FURTHER = {
     "mobilenetv3_small_050": {},
     "mixer_s32_224": {},

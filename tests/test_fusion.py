@@ -58,7 +58,7 @@ def test_compiled_codes_and_decoded_rows_have_the_same_bits(compiled, bits, dtyp
 def test_compiled_masks_have_the_same_bits(compiled, dtype):
     for rows in (1, 5, 300):
         x = torch.randn(rows, 64).to(dtype)
-        assert same_bits(encode_mask, x, 0.0, float("inf"), False)
+        assert same_bits(encode_mask, x, 0.0, float("inf"), False, False)
         assert same_bits(scale_by_mask, x, encode_mask(x, 0.0, 6.0, False, False), 1.0, 0.1)
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
+from s2a_fx.analysis.flow import reaches
 from s2a_fx.analysis.provenance import module_stack, owner_path
 
 _ADDS = (operator.add, operator.iadd, torch.add)
@@ -101,7 +102,7 @@ def _residual_adds(gm: fx.GraphModule, path: str, nodes: list[fx.Node], inner: d
         if not is_add or owner_path(node) != path or len(operands) != 2:
             continue
         for x, other in (operands, operands[::-1]):
-            if _origin(gm, x, inner | found, entries) in entries and _depends_on(other, entries, set(nodes)):
+            if _origin(gm, x, inner | found, entries) in entries and reaches(other, entries, set(nodes)):
                 found[node] = x
     return found
 
@@ -118,16 +119,3 @@ def _origin(gm: fx.GraphModule, node: fx.Node, adds: dict[fx.Node, fx.Node], ent
         else:
             break
     return node
-
-
-def _depends_on(node: fx.Node, entries: set[fx.Node], inside: set[fx.Node]) -> bool:
-    stack, seen = [node], {node}
-    while stack:
-        current = stack.pop()
-        if current in entries:
-            return True
-        for operand in current.all_input_nodes:
-            if operand not in seen and (operand in inside or operand in entries):
-                seen.add(operand)
-                stack.append(operand)
-    return False

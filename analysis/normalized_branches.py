@@ -5,14 +5,15 @@
 A branch may read parameters, and what is made of parameters alone (a table of relative positions), from outside.
 """
 
+import heapq
 import operator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from s2a_fx.analysis.flow import attribute, dependent_nodes
 from s2a_fx.analysis.non_parametric import dropout_probability, non_parametric
 from s2a_fx.nn.recompute import can_be_ghost
 from s2a_fx.nn.recomputed_branch import Norm
@@ -87,15 +88,6 @@ def normalization(gm: fx.GraphModule, node: fx.Node) -> tuple[Norm, str | None, 
     return None
 
 
-def dependent_nodes(gm: fx.GraphModule) -> set[fx.Node]:
-    """The nodes whose value depends on the model's input."""
-    found: set[fx.Node] = set()
-    for node in gm.graph.nodes:
-        if node.op == "placeholder" or any(operand in found for operand in node.all_input_nodes):
-            found.add(node)
-    return found
-
-
 def _is_tensor(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), torch.Tensor)
 
@@ -135,12 +127,18 @@ def _branch(gm: fx.GraphModule, norm: fx.Node, order: dict[fx.Node, int], depend
 def _region(norm: fx.Node, order: dict[fx.Node, int], dependent: set[fx.Node]) -> set[fx.Node]:
     """All that is computed from the norm's output, parameters and sizes alone."""
     region = {norm}
-    for node in list(order)[order[norm] + 1 :]:
-        operands = node.all_input_nodes
-        if node.op == "output" or not any(o in region for o in operands):
+    waiting = [(order[user], user) for user in norm.users]
+    seen = {norm, *norm.users}
+    heapq.heapify(waiting)
+    while waiting:  # in the order of the graph: a node comes after all that it reads
+        _, node = heapq.heappop(waiting)
+        if node.op == "output" or any(o not in region and o in dependent and _holds_tensors(o) for o in node.all_input_nodes):
             continue
-        if all(o in region or o not in dependent or not _holds_tensors(o) for o in operands):
-            region.add(node)
+        region.add(node)
+        for user in node.users:
+            if user not in seen:
+                seen.add(user)
+                heapq.heappush(waiting, (order[user], user))
     return region
 
 
@@ -157,11 +155,16 @@ def _ancestors(output: fx.Node, region: set[fx.Node]) -> set[fx.Node]:
 def _made_of_parameters(inside: set[fx.Node], order: dict[fx.Node, int], dependent: set[fx.Node]) -> set[fx.Node]:
     """What is made of parameters for these nodes alone: cheaper to make again than to keep."""
     found: set[fx.Node] = set()
-    for node in reversed(order):
-        if node in dependent or node.op == "get_attr" or not node.users:
+    waiting = [(-order[o], o) for o in {o for n in inside for o in n.all_input_nodes} - inside]
+    heapq.heapify(waiting)
+    while waiting:  # from the last to the first: a node comes after all that read it
+        _, node = heapq.heappop(waiting)
+        if node in found or node in dependent or node.op == "get_attr":
             continue
         if all(user in inside or user in found for user in node.users):
             found.add(node)
+            for operand in node.all_input_nodes:
+                heapq.heappush(waiting, (-order[operand], operand))
     return found
 
 
@@ -170,10 +173,10 @@ def _output(
 ) -> fx.Node | None:
     """The last node through which alone the region is read, less what follows it and keeps nothing; None if no add reads it."""
     for node in sorted(region - {norm}, key=order.__getitem__, reverse=True):
-        inside = _ancestors(node, region)
-        if norm not in inside or not _is_tensor(node) or not _feeds_add(node, region):
+        if not _is_tensor(node) or not _feeds_add(node, region):
             continue
-        if all(user in inside for n in inside - {node} for user in n.users):
+        inside = _ancestors(node, region)
+        if norm in inside and all(user in inside for n in inside - {node} for user in n.users):
             return _trimmed(gm, node, norm, dependent)
     return None
 
@@ -206,15 +209,8 @@ def _keeps_nothing(gm: fx.GraphModule, node: fx.Node, dependent: set[fx.Node]) -
 def _is_frozen(gm: fx.GraphModule, node: fx.Node, dependent: set[fx.Node]) -> bool:
     """Whether a node is made of frozen parameters and buffers alone."""
     if node.op == "get_attr":
-        return not _attribute(gm, str(node.target)).requires_grad
+        return not attribute(gm, str(node.target)).requires_grad
     return node not in dependent and all(_is_frozen(gm, o, dependent) for o in node.all_input_nodes)
-
-
-def _attribute(gm: fx.GraphModule, target: str) -> torch.Tensor:
-    value: Any = gm
-    for name in target.split("."):
-        value = getattr(value, name)
-    return value  # type: ignore[no-any-return]
 
 
 def _tail(gm: fx.GraphModule, nodes: tuple[fx.Node, ...], inside: set[fx.Node]) -> fx.Node | None:

@@ -21,6 +21,7 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from s2a_fx.analysis.flow import trained_nodes
 from s2a_fx.analysis.non_parametric import non_parametric
 from s2a_fx.analysis.provenance import module_stack
 from s2a_fx.nn.coded import CodedActivation, CodedLayerNorm, MaskedActivation
@@ -42,29 +43,14 @@ _PARAMETRIC_FUNCTIONS = (F.linear, F.conv2d, F.layer_norm, F.group_norm, F.batch
 
 def paper_bytes(gm: fx.GraphModule) -> int:
     """Training memory of `gm` in bytes, as the paper counts it."""
-    flows = _gradient_flows(gm)
+    trained = trained_nodes(gm)
     total = sum(p.numel() for p in gm.parameters()) * 32
     for node in gm.graph.nodes:
         if _trains_its_weight(gm, node) and not _normalizes_side_branch(gm, node):
             total += _elements(node.all_input_nodes[0]) * 32
-        elif node in flows and (not _in_side_branch(node) or _is_coded_input(gm, node)):
+        elif not trained.isdisjoint(node.all_input_nodes) and (not _in_side_branch(node) or _is_coded_input(gm, node)):
             total += _kept_bits(gm, node)
     return total // 8
-
-
-def _gradient_flows(gm: fx.GraphModule) -> set[fx.Node]:
-    """The nodes whose operands need a gradient: something trained lies above them."""
-    trained = {name for name, p in gm.named_parameters() if p.requires_grad}
-    below: set[fx.Node] = set()
-    entered: set[fx.Node] = set()
-    for node in gm.graph.nodes:
-        if any(operand in below for operand in node.all_input_nodes):
-            entered.add(node)
-        own = node.op == "get_attr" and node.target in trained
-        called = node.op == "call_module" and any(p.requires_grad for p in gm.get_submodule(str(node.target)).parameters())
-        if own or called or node in entered:
-            below.add(node)
-    return entered
 
 
 def _trains_its_weight(gm: fx.GraphModule, node: fx.Node) -> bool:

@@ -22,6 +22,7 @@ from s2a_fx.analysis.device import CPU, DeviceModel
 from s2a_fx.analysis.fake import fake_mode, fake_modules, fake_tensor, traced_inputs
 from s2a_fx.analysis.loss import default_loss, describe_loss
 from s2a_fx.analysis.optimizer import make_optimizer, stand_ins
+from s2a_fx.nn.recompute import at_most_parts
 from s2a_fx.ops import SAVED, lines_of
 
 _NODE = "s2a_fx.node"
@@ -101,7 +102,8 @@ def simulate(
     inputs = tuple(fake_tensor(t, mode, batch_size) for t in traced_inputs(gm))
     trained = [p for p in model.parameters() if p.requires_grad]
     ledger = _Ledger(device)
-    with mode, device.functions():
+    parts = 1 if forward_only else 3  # the first makes what all write to, the second what all add to; then they are alike
+    with mode, device.functions(), at_most_parts(parts):
         stepped = stand_ins(optimizer, trained, device.foreach)
         steps = None if forward_only or not trained else make_optimizer(optimizer, list(stepped), device.foreach)
         ledger.own(model.parameters(), "parameter")

@@ -12,7 +12,7 @@
     any other operator, trained layers too    its inputs, 32 bits    CodedInput           8 bits of its inputs
 
 A node is first tagged with its form and bits, `node.meta["s2a_fx.coding"]`; then the tagged nodes are replaced. What is left
-at full width, and why, stands in the notes that the report prints.
+at full width, the report says.
 """
 
 import operator
@@ -24,9 +24,10 @@ import torch
 from torch import fx, nn
 
 from s2a_fx.analysis.activations import activation
+from s2a_fx.analysis.flow import dependent_nodes
+from s2a_fx.analysis.full_width import keep_no_more_than
 from s2a_fx.analysis.non_parametric import dropout_probability, non_parametric
-from s2a_fx.analysis.normalized_branches import dependent_nodes, normalization, runs_once
-from s2a_fx.analysis.notes import add_note
+from s2a_fx.analysis.normalized_branches import normalization, runs_once
 from s2a_fx.analysis.provenance import module_stack, owner_path
 from s2a_fx.analysis.saved import SavedTensor, is_activation, saved_tensors
 from s2a_fx.codecs.packing import MULTIPLE
@@ -94,8 +95,7 @@ class CompressActivations(Pass):
         tagged = self.tag(gm)
         for node in tagged:
             FORMS[node.meta[CODING].form].replace(gm, node, node.meta[CODING].bits)
-        if tagged or blocks:
-            self._note_what_is_left(gm)
+        keep_no_more_than(gm, self.smallest)
         return bool(opened or tagged or blocks)
 
     def tag(self, gm: fx.GraphModule) -> list[fx.Node]:
@@ -132,27 +132,6 @@ class CompressActivations(Pass):
             return freed > 0 or node.meta[CODING].form == "frozen_convolution"
         operands = [o.meta["val"].numel() for o in node.all_input_nodes if _is_float(o) and o.op != "get_attr"]
         return freed > sum(operands) * node.meta[CODING].bits // 8
-
-    def _note_what_is_left(self, gm: fx.GraphModule) -> None:
-        """Say which tensors autograd still keeps at full width."""
-        for row in saved_tensors(gm):
-            known = row.operand.rpartition(".")[2] in _CODED and row.operand.startswith(_CODERS)
-            if is_activation(row) and row.bytes >= self.smallest and not known:
-                add_note(gm, "CompressActivations", row.node, f"{row.operand} still kept at full width: no form serves {row.op}")
-
-
-_CODERS = (
-    "RecomputedBranch.",
-    "CodedInput.",
-    "layer_norm.",
-    "batch_norm.",
-    "frozen_batch_norm.",
-    "binned.",
-    "masked.",
-    "dropout.",
-    "max_pool.",
-)
-_CODED = ("codes", "ranges", "rstd", "shift", "mask")
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from s2a_fx.analysis.flow import dependent_nodes, reaches, trained_nodes
 from s2a_fx.analysis.non_parametric import non_parametric, product_with_values
-from s2a_fx.analysis.normalized_branches import dependent_nodes
 from s2a_fx.analysis.notes import add_note
 from s2a_fx.passes.base import Pass
 
@@ -65,7 +65,7 @@ def _fuse(gm: fx.GraphModule, softmax: fx.Node, dependent: set[fx.Node]) -> str 
         return "its scores are not a product of two activations, scaled and added to"
     if scores.meta["val"].shape != softmax.meta["val"].shape or any(not t.meta["val"].is_floating_point() for t in added):
         return "its scores are reshaped, or a mask of another type than theirs is added"
-    if any(_trains(gm, term) for term in added):
+    if not trained_nodes(gm).isdisjoint(added):
         return "what is added to its scores is trained"
     query, keys = scores.args[:2]
     assert isinstance(query, fx.Node) and isinstance(keys, fx.Node)
@@ -112,35 +112,18 @@ def _shape_readers(node: fx.Node) -> int:
     return sum(not isinstance(user.meta.get("val"), torch.Tensor) for user in node.users)
 
 
-def _trains(gm: fx.GraphModule, node: fx.Node) -> bool:
-    stack, seen = [node], {node}
-    while stack:
-        current = stack.pop()
-        if current.op == "get_attr":
-            value: Any = gm
-            for name in str(current.target).split("."):
-                value = getattr(value, name)
-            if isinstance(value, torch.Tensor) and value.requires_grad:
-                return True
-        for operand in current.all_input_nodes:
-            if operand not in seen:
-                seen.add(operand)
-                stack.append(operand)
-    return False
-
-
 def _mask(gm: fx.GraphModule, operand: fx.Node, scores: fx.Node, query: fx.Node, keys: fx.Node) -> fx.Node | None:
     """What the nodes between the product and the softmax add to the scores; scaling nodes among them are left out."""
     chain: list[fx.Node] = []
     node = operand
     while node is not scores:
         chain.append(node)
-        node = next(o for o in node.all_input_nodes if o is scores or _leads_to(o, scores))
+        node = next(o for o in node.all_input_nodes if reaches(o, {scores}))
     terms = [n for n in chain if n.target not in _SCALES]
     if not terms:
         return None
     if len(terms) == 1 and terms[0].target in _ADDS:  # it broadcasts by itself
-        return next(o for o in terms[0].all_input_nodes if not (o is scores or _leads_to(o, scores)))
+        return next(o for o in terms[0].all_input_nodes if not reaches(o, {scores}))
     before: fx.Node = scores
     made = gm.graph.call_function(zero_scores, (query, keys))
     made.meta["val"] = scores.meta["val"]
@@ -152,16 +135,3 @@ def _mask(gm: fx.GraphModule, operand: fx.Node, scores: fx.Node, query: fx.Node,
             copies[node] = gm.graph.node_copy(node, lambda n: copies.get(n, n))
         before = node
     return copies[operand]
-
-
-def _leads_to(node: fx.Node, scores: fx.Node) -> bool:
-    stack, seen = [node], {node}
-    while stack:
-        current = stack.pop()
-        if current is scores:
-            return True
-        for source in current.all_input_nodes:
-            if source not in seen:
-                seen.add(source)
-                stack.append(source)
-    return False

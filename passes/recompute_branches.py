@@ -6,7 +6,7 @@
 
 What lies between a norm and the add is a function of x_hat: nothing else need be kept. The last linear layer is not run again.
 
-Leaves alone, with a note, branches that keep no more than the codes would take, and those that mix the batch (batch norm).
+Leaves alone, with a note, branches that no gradient flows through, and those that mix the batch (batch norm).
 """
 
 from dataclasses import dataclass
@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from s2a_fx.analysis.flow import trained_nodes
 from s2a_fx.analysis.normalized_branches import NormalizedBranch, normalized_branches
 from s2a_fx.analysis.notes import add_note
 from s2a_fx.analysis.provenance import owner_path
-from s2a_fx.analysis.saved import is_activation, saved_tensors
 from s2a_fx.codecs.packing import MULTIPLE
 from s2a_fx.codecs.rows import Rows
 from s2a_fx.errors import InputError
@@ -57,10 +57,10 @@ class RecomputeBranches(Pass):
             raise InputError(f"RecomputeBranches: got kinds {sorted(unknown)}, wanted attention, mlp or both.")
 
     def rewrite(self, gm: fx.GraphModule) -> bool:
-        kept = {row.made_at: row.bytes for row in saved_tensors(gm) if is_activation(row)}
+        trained = trained_nodes(gm)
         modified = False
         for branch in normalized_branches(gm):
-            reason = self._refusal(branch, kept)
+            reason = _refusal(branch, trained)
             if reason:
                 add_note(gm, "RecomputeBranches", branch.norm.name, reason)
             elif self._wanted(branch):
@@ -71,17 +71,6 @@ class RecomputeBranches(Pass):
     def _wanted(self, branch: NormalizedBranch) -> bool:
         width = branch.norm.meta["val"].shape[-1]
         return _kind(branch) in self.kinds and (not self.widest or width <= self.widest)
-
-    def _refusal(self, branch: NormalizedBranch, kept: dict[str, int]) -> str | None:
-        value: torch.Tensor = branch.norm.meta["val"]
-        if value.shape[-1] % MULTIPLE:
-            return f"{value.shape[-1]} channels are not a multiple of {MULTIPLE}: codes could not be packed"
-        group = self._group(value.shape[-1])
-        codes = Rows(self.bits).nbytes(value.numel() // group, group)
-        now = sum(kept.get(n.name, 0) for n in (branch.norm, *branch.nodes))
-        if now <= codes:
-            return f"keeps {now / 1e6:,.1f} MB as it is; the codes would take {codes / 1e6:,.1f}"
-        return None
 
     def _replace(self, gm: fx.GraphModule, branch: NormalizedBranch) -> None:
         body, backward_body = lifted(gm, branch.nodes, (branch.norm, *branch.operands), branch.tail)
@@ -116,3 +105,10 @@ class RecomputeBranches(Pass):
 def _kind(branch: NormalizedBranch) -> str:
     text = " ".join(f"{n.name} {n.target}" for n in branch.nodes).lower()
     return "attention" if "softmax" in text or "attention" in text or "attn" in text else "mlp"
+
+
+def _refusal(branch: NormalizedBranch, trained: set[fx.Node]) -> str | None:
+    width = branch.norm.meta["val"].shape[-1]
+    if width % MULTIPLE:
+        return f"{width} channels are not a multiple of {MULTIPLE}: codes could not be packed"
+    return None if branch.output in trained else "keeps nothing: no gradient flows through it"

@@ -8,6 +8,7 @@ from torch import fx, nn
 
 from s2a_fx.analysis.device import device_model
 from s2a_fx.analysis.fake import traced_inputs
+from s2a_fx.analysis.full_width import full_width_notes
 from s2a_fx.analysis.notes import notes_of
 from s2a_fx.analysis.paper import paper_bytes
 from s2a_fx.analysis.peak import peak, timeline
@@ -113,6 +114,6 @@ def _report(
         peak=peak(moments),
         timeline=moments,
         saved=rows,
-        notes=notes_of(gm),
+        notes=(*notes_of(gm), *full_width_notes(gm, rows)),
         assumptions=record.assumptions,
     )

@@ -1,7 +1,7 @@
 """What modules that recompute in their backward share: the state of the forward, entered again, and layers without a forward."""
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import timm.layers
@@ -59,6 +59,28 @@ def _set_random_state(states: State, device: torch.device) -> None:
     torch.set_rng_state(states[0])
     if device.type == "cuda":
         torch.cuda.set_rng_state(states[1], device)
+
+
+_most_parts: int | None = None
+
+
+@contextmanager
+def at_most_parts(count: int) -> Iterator[None]:
+    """Inside this context only so many parts run: for simulations, which ask what is allocated and not for values."""
+    global _most_parts
+    before, _most_parts = _most_parts, count
+    try:
+        yield
+    finally:
+        _most_parts = before
+
+
+def parts(x: torch.Tensor, images: int) -> list[tuple[int, torch.Tensor]]:
+    """The tensor, at most `images` of its first dimension at a time, each part with where it starts; 0: all at once."""
+    if not images or images >= x.shape[0]:
+        return [(0, x)]
+    size = -(-x.shape[0] // -(-x.shape[0] // images))  # parts alike: a small last one would run at a worse rate
+    return [(start, x[start : start + size]) for start in list(range(0, x.shape[0], size))[:_most_parts]]
 
 
 def refuse_second_derivative() -> None:

@@ -14,7 +14,16 @@ import torch
 from torch import fx, nn
 
 from s2a_fx.codecs.rows import Rows
-from s2a_fx.nn.recompute import Replay, autocast_state, detached, entered, refuse_second_derivative, state_before, unless_unchanged
+from s2a_fx.nn.recompute import (
+    Replay,
+    autocast_state,
+    detached,
+    entered,
+    parts,
+    refuse_second_derivative,
+    state_before,
+    unless_unchanged,
+)
 from s2a_fx.ops.normalize import channel_means, normalize_backward, normalize_decode, normalize_encode, normalized
 
 
@@ -77,29 +86,33 @@ class _RecomputedBranch(torch.autograd.Function):
         ctx.trained = tensors[2 + count :]
         ctx.autocast = autocast_state(x.device.type)
         before = state_before(x)
-        out, shift, codes = None, None, []
-        for start, part in _parts(x, branch.images):
+        out, shift, codes = None, None, None
+        rows_each = x.shape[1:-1].numel()
+        for start, part in parts(x, branch.images):
             y, mean, rstd = branch.norm(part, weight, bias)
             rows = part.reshape(-1, x.shape[-1])
             shift = channel_means(rows, mean, rstd) if shift is None else shift  # the first part's will do: any is decoded exactly
-            packed, ranges = normalize_encode(rows, mean, rstd, shift, branch.codec.bits, branch.group)
-            codes.append((packed, ranges, rstd.bfloat16()))
+            coded = (*normalize_encode(rows, mean, rstd, shift, branch.codec.bits, branch.group), rstd.bfloat16())
+            del mean, rstd
             ctx.normalized_dtype = y.dtype
             result = branch.body(y, *operands)
             del y
             if part.shape[0] == x.shape[0]:
-                out = result
-            else:
-                out = result.new_empty(x.shape[0], *result.shape[1:]) if out is None else out
-                out[start : start + part.shape[0]] = result
-            del result
+                out, codes = result, coded
+                break
+            if out is None or codes is None:
+                out = result.new_empty(x.shape[0], *result.shape[1:])
+                codes = tuple(t.new_empty(x.shape[0] * rows_each, t.shape[1]) for t in coded)
+            out[start : start + part.shape[0]] = result
+            for whole, piece in zip(codes, coded, strict=True):
+                whole[start * rows_each : start * rows_each + piece.shape[0]] = piece
+            del result, coded, rows
         ctx.random_state = unless_unchanged(before, x.device)
-        joined = codes[0] if len(codes) == 1 else tuple(torch.cat(pieces) for pieces in zip(*codes, strict=True))
+        assert out is not None and codes is not None
         present = [name for name, t in (("weight", weight), ("bias", bias)) if t is not None]
         ctx.saved_names = ("codes", "ranges", "rstd", "shift", *present, "operand")
-        ctx.save_for_backward(*joined, shift, weight, bias, *(t for t in operands if isinstance(t, torch.Tensor)))
+        ctx.save_for_backward(*codes, shift, weight, bias, *(t for t in operands if isinstance(t, torch.Tensor)))
         ctx.constants = [None if isinstance(t, torch.Tensor) else t for t in operands]
-        assert out is not None
         return out
 
     @staticmethod
@@ -121,7 +134,7 @@ class _RecomputedBranch(torch.autograd.Function):
         norm_totals: list[torch.Tensor | None] = [None, None]
         rows_each = ctx.shape[1:-1].numel()
         with Replay(ctx.random_state, grad.device):
-            for start, part in _parts(grad, branch.images):
+            for start, part in parts(grad, branch.images):
                 rows = slice(start * rows_each, (start + part.shape[0]) * rows_each)
                 y = normalize_decode(packed[rows], ranges[rows], shift, scale, added, bits, ctx.normalized_dtype)
                 y = y.view(part.shape[0], *ctx.shape[1:]).requires_grad_()
@@ -144,14 +157,6 @@ class _RecomputedBranch(torch.autograd.Function):
         found = iter(totals)
         of_operands = [next(found) if isinstance(t, torch.Tensor) and t.requires_grad else None for t in operands]
         return None, None, grad_x, *norm_totals, *of_operands, *found
-
-
-def _parts(x: torch.Tensor, images: int) -> list[tuple[int, torch.Tensor]]:
-    """The tensor, at most `images` of its first dimension at a time, each part with where it starts."""
-    if not images or images >= x.shape[0]:
-        return [(0, x)]
-    size = -(-x.shape[0] // -(-x.shape[0] // images))  # parts alike: a small last one would run at a worse rate
-    return [(start, x[start : start + size]) for start in range(0, x.shape[0], size)]
 
 
 def _sum(total: torch.Tensor | None, term: torch.Tensor | None) -> torch.Tensor | None:

@@ -12,7 +12,6 @@ from torch import nn
 
 import s2a_fx
 from s2a_fx.analysis.measure import measure_saved_bytes
-from s2a_fx.analysis.notes import notes_of
 from s2a_fx.analysis.saved import is_activation, saved_tensors
 from s2a_fx.nn.coded_norms import CodedBatchNorm, CodedMaxPool
 from s2a_fx.passes import CompressActivations, FreezeWeights
@@ -185,4 +184,4 @@ def test_a_subclass_is_left_alone_with_a_reason():
     model, x = small(Own(8), nn.ReLU())
     coded = transformed(model, x, BIASES, CompressActivations(smallest=1))
     assert type(coded.get_submodule("1")) is Own
-    assert any("no form serves Own" in n.reason for n in notes_of(coded))
+    assert any("no form serves Own" in n.reason for n in s2a_fx.analyze(coded, x).notes)

@@ -8,7 +8,6 @@ from torch import nn
 
 import s2a_fx
 from s2a_fx.analysis.measure import measure_saved_bytes
-from s2a_fx.analysis.notes import notes_of
 from s2a_fx.passes import CompressActivations, FreezeWeights, RecomputeBranches
 
 RECIPES = ["s2a", "s2a-max"]
@@ -133,7 +132,7 @@ def test_without_norm_branches_there_are_notes_and_no_errors():
     for recipe in RECIPES:
         gm = s2a_fx.transform(model, x, recipe)
         assert not layers(gm, "RecomputedBranch")
-        assert all(note.reason for note in notes_of(gm))
+        assert all(note.reason for note in s2a_fx.analyze(gm, x).notes)
 
 
 def test_an_activation_in_place_is_read_by_later_users_as_overwritten():

@@ -1,0 +1,54 @@
+"""What a node's value depends on: the model's input, a parameter that trains, another node."""
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import fx
+
+
+def dependent_nodes(gm: fx.GraphModule) -> set[fx.Node]:
+    """The nodes whose value depends on the model's input."""
+    found: set[fx.Node] = set()
+    for node in gm.graph.nodes:
+        if node.op == "placeholder" or any(operand in found for operand in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def trained_nodes(gm: fx.GraphModule) -> set[fx.Node]:
+    """The nodes whose value depends on a parameter that trains: a gradient flows back to them."""
+    found: set[fx.Node] = set()
+    for node in gm.graph.nodes:
+        if any(operand in found for operand in node.all_input_nodes) or _trains(gm, node):
+            found.add(node)
+    return found
+
+
+def reaches(node: fx.Node, sources: Collection[fx.Node], inside: Collection[fx.Node] | None = None) -> bool:
+    """Whether `node` is one of `sources` or computed from one, on the way through nodes `inside` alone (None: any)."""
+    stack, seen = [node], {node}
+    while stack:
+        current = stack.pop()
+        if current in sources:
+            return True
+        for operand in current.all_input_nodes:
+            if operand not in seen and (inside is None or operand in inside or operand in sources):
+                seen.add(operand)
+                stack.append(operand)
+    return False
+
+
+def attribute(gm: fx.GraphModule, path: str) -> Any:
+    """What stands at a dotted path in the model."""
+    value: Any = gm
+    for name in path.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def _trains(gm: fx.GraphModule, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        return any(p.requires_grad for p in gm.get_submodule(str(node.target)).parameters())
+    value = attribute(gm, str(node.target)) if node.op == "get_attr" else None
+    return isinstance(value, torch.Tensor) and value.requires_grad

@@ -1,0 +1,35 @@
+"""What a compressed graph still keeps at full width: no operator is skipped silently."""
+
+from collections.abc import Sequence
+
+from torch import fx
+
+from s2a_fx.analysis.notes import Note
+from s2a_fx.analysis.saved import SavedTensor, is_activation
+
+_KEY = "s2a_fx.smallest"
+
+_OWNERS = frozenset(
+    ["RecomputedBranch", "CodedInput", "layer_norm", "batch_norm", "frozen_batch_norm", "binned", "masked", "dropout", "max_pool"]
+)
+_CODED = ("codes", "ranges", "rstd", "shift", "mask")
+
+
+def keep_no_more_than(gm: fx.GraphModule, nbytes: int) -> None:
+    """Say that the graph is compressed: what it keeps at full width shall be below so many bytes a tensor, or be told."""
+    gm.meta[_KEY] = nbytes
+
+
+def full_width_notes(gm: fx.GraphModule, rows: Sequence[SavedTensor]) -> tuple[Note, ...]:
+    """A note for each tensor that is kept at full width though the graph is compressed; none for other graphs."""
+    if _KEY not in gm.meta:
+        return ()
+    wide = [row for row in rows if is_activation(row) and row.bytes >= gm.meta[_KEY] and not _is_code(row)]
+    return tuple(
+        Note("CompressActivations", row.node, f"{row.operand} kept at full width: no form serves {row.op}") for row in wide
+    )
+
+
+def _is_code(row: SavedTensor) -> bool:
+    owner, _, name = row.operand.rpartition(".")
+    return owner in _OWNERS and name in _CODED

@@ -138,6 +138,7 @@ def _symbolic(model: nn.Module, arity: int) -> fx.GraphModule:
         module.training = training
     train_graph._tracer_cls = BufferTracer
     gm = fx.GraphModule(model, train_graph, type(model).__name__)
+    _keep_non_persistent(model, gm)
     for name, differences in divergence.switches.items():
         _insert_switch(gm, name, differences)
     if "" in divergence.leaves:
@@ -146,6 +147,14 @@ def _symbolic(model: nn.Module, arity: int) -> fx.GraphModule:
     gm.graph.lint()
     gm.recompile()
     return gm
+
+
+def _keep_non_persistent(model: nn.Module, gm: fx.GraphModule) -> None:
+    """Leave out of the graph's state dict what the model leaves out of its own: torch before 2.12 copies buffers as persistent."""
+    copies = dict(gm.named_modules())
+    for path, module in model.named_modules():
+        if path in copies:
+            copies[path]._non_persistent_buffers_set |= module._non_persistent_buffers_set & copies[path]._buffers.keys()
 
 
 class BufferTracer(fx.Tracer):

@@ -15,14 +15,19 @@ from s2a_fx.fusion import fused
 Coded = tuple[torch.Tensor, torch.Tensor]
 
 
+def as_bfloat16(x: torch.Tensor) -> torch.Tensor:
+    """float32 `x`, finite, rounded to what bfloat16 holds; by integers, because compilers may leave out a cast there and back."""
+    return ((x.view(torch.int32) + 0x8000) & -0x10000).view(torch.float32)
+
+
 def quantize(x: torch.Tensor, bits: int) -> Coded:
     """Codes packed, uint8 (rows, width * bits / 8), and ranges (low, step), bfloat16 (rows, 2), of float32 `x` (rows, width)."""
     low = x.amin(1, keepdim=True)
-    low = (low - low.abs() * 2**-8).bfloat16()  # down: bfloat16 rounds by less than this
-    span = (x.amax(1, keepdim=True) - low.float()) * ((1 + 2**-7) / (2**bits - 1))  # up, likewise
-    step = span.clamp_min(1e-30).bfloat16()
-    codes = ((x - low.float()) / step.float()).round().clamp(0, 2**bits - 1)
-    return pack(codes.to(torch.uint8), bits), torch.cat((low, step), 1)
+    low = as_bfloat16(low - low.abs() * 2**-8)  # down: bfloat16 rounds by less than this
+    span = (x.amax(1, keepdim=True) - low) * ((1 + 2**-7) / (2**bits - 1))  # up, likewise
+    step = as_bfloat16(span.clamp_min(1e-30))
+    codes = ((x - low) / step).round().clamp(0, 2**bits - 1)
+    return pack(codes.to(torch.uint8), bits), torch.cat((low, step), 1).bfloat16()
 
 
 def dequantize(packed: torch.Tensor, ranges: torch.Tensor, bits: int) -> torch.Tensor:

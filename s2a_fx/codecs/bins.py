@@ -39,13 +39,13 @@ def encode_bins(x: torch.Tensor, boundaries: list[float], bits: int) -> torch.Te
     codes = torch.zeros_like(x)
     for boundary in boundaries:  # a sum of comparisons, in floats: neither bucketize nor a sum of bytes is vectorized
         codes = codes + (x >= boundary).float()
-    return pack(codes.to(torch.uint8), bits)
+    return pack(codes, bits)
 
 
 @fused
 def scale_by_bins(grad: torch.Tensor, packed: torch.Tensor, levels: list[float], bits: int) -> torch.Tensor:
     """`grad` (rows, width) times the slope of each element's bin."""
-    codes = unpack(packed, bits).float()
+    codes = unpack(packed, bits)
     slopes = torch.full_like(grad, levels[0], dtype=torch.float32)
     for code, level in enumerate(levels[1:], start=1):
         slopes = torch.where(codes >= code, level, slopes)

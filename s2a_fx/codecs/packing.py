@@ -1,8 +1,12 @@
 """Rows of codes of 1 to 8 bits, packed into bytes.
 
 A code is cut into planes of 4, 2 and 1 bits: 6 bits are a plane of 4 and one of 2. A plane of w bits puts 8 / w codes into a
-byte, taken a segment of the row apart, not side by side: packing is then shifts of contiguous segments, which compilers vectorize.
+byte, taken a segment of the row apart, not side by side: packing is then arithmetic on contiguous segments, which compilers
+vectorize. It is done in float32, exact on bytes: on CPUs a kernel that packs takes half the time that shifts of bytes take.
 """
+
+import functools
+import operator
 
 import torch
 
@@ -31,35 +35,36 @@ def _segments(bits: int) -> int:
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Pack uint8 codes below 2**bits, (rows, width), into uint8 (rows, width * bits / 8)."""
+    """Pack codes, whole numbers below 2**bits of any dtype, (rows, width), into uint8 (rows, width * bits / 8)."""
     segments = _segments(bits)
-    columns = codes.split(codes.shape[1] // segments, 1)
+    columns = codes.float().split(codes.shape[1] // segments, 1)
     packed = []
     for width, shift in _planes(bits):
         count = segments * width // 8
         for i in range(count):
-            parts = [((columns[i + k * count] >> shift) & (2**width - 1)) << (width * k) for k in range(8 // width)]
-            packed.append(_joined(parts))
+            parts = [_bits(columns[i + k * count], shift, width, bits) * 2.0 ** (width * k) for k in range(8 // width)]
+            packed.append(functools.reduce(operator.add, parts).to(torch.uint8))
     return torch.cat(packed, 1) if len(packed) > 1 else packed[0]
 
 
 def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
-    """The codes, uint8 (rows, width), that `pack` was given."""
+    """The codes that `pack` was given, as float32 (rows, width)."""
     segments = _segments(bits)
-    pieces = packed.split(packed.shape[1] * 8 // bits // segments, 1)
+    pieces = packed.float().split(packed.shape[1] * 8 // bits // segments, 1)
     columns = []
     for i in range(segments):
         parts, start = [], 0
         for width, shift in _planes(bits):
             count = segments * width // 8
-            parts.append(((pieces[start + i % count] >> (width * (i // count))) & (2**width - 1)) << shift)
+            parts.append(_bits(pieces[start + i % count], width * (i // count), width, 8) * 2.0**shift)
             start += count
-        columns.append(_joined(parts))
+        columns.append(functools.reduce(operator.add, parts))
     return torch.cat(columns, 1) if len(columns) > 1 else columns[0]
 
 
-def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
-    whole = parts[0]
-    for part in parts[1:]:
-        whole = whole | part
-    return whole
+def _bits(numbers: torch.Tensor, shift: int, width: int, of: int) -> torch.Tensor:
+    """The bits from `shift` to `shift + width` of whole numbers of `of` bits."""
+    high = (numbers * 2.0**-shift).floor() if shift else numbers
+    if shift + width == of:
+        return high
+    return high - (numbers * 2.0 ** -(shift + width)).floor() * 2.0**width

@@ -27,13 +27,13 @@ def quantize(x: torch.Tensor, bits: int) -> Coded:
     span = (x.amax(1, keepdim=True) - low) * ((1 + 2**-7) / (2**bits - 1))  # up, likewise
     step = as_bfloat16(span.clamp_min(1e-30))
     codes = ((x - low) / step).round().clamp(0, 2**bits - 1)
-    return pack(codes.to(torch.uint8), bits), torch.cat((low, step), 1).bfloat16()
+    return pack(codes, bits), torch.cat((low, step), 1).bfloat16()
 
 
 def dequantize(packed: torch.Tensor, ranges: torch.Tensor, bits: int) -> torch.Tensor:
     """float32 (rows, width): what `quantize` was given, to within half a step."""
     low, step = ranges.float().split(1, 1)
-    return unpack(packed, bits).float() * step + low
+    return unpack(packed, bits) * step + low
 
 
 @fused

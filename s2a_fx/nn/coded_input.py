@@ -69,7 +69,7 @@ class _CodedInput(torch.autograd.Function):
         codes: list[torch.Tensor] = []
         ctx.layouts = []
         for index, x in enumerate(arguments[: module.activations]):
-            coded = x - x.mean(-2, keepdim=True) if index in module.centered else x
+            coded = torch.sub(x, x.mean(-2, keepdim=True), out=x.new_empty(x.shape)) if index in module.centered else x
             codes += module.codec.encode(flat.rows(coded, 64))
             ctx.layouts.append((x.shape, x.dtype, flat.is_channels_last(coded), x.requires_grad))
         operands = arguments[module.activations :]

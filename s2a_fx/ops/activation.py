@@ -83,14 +83,14 @@ def encode_mask(x: torch.Tensor, low: float, high: float, closed: bool, rounded:
     inside = (x >= bounds[0]).float() if closed else (x > bounds[0]).float()
     if high < math.inf:
         inside = inside * ((x <= bounds[1]).float() if closed else (x < bounds[1]).float())
-    return pack(inside.to(torch.uint8), 1)
+    return pack(inside, 1)
 
 
 @fused
 def scale_by_mask(grad: torch.Tensor, packed: torch.Tensor, inside: float, outside: float) -> torch.Tensor:
     """`grad` times `inside` where the bit is set, times `outside` elsewhere."""
     dtype = grad.dtype
-    set_ = unpack(packed, 1).float() > 0
+    set_ = unpack(packed, 1) > 0
     grad = grad.float()
     return torch.where(set_, grad * inside, grad * outside if outside else 0.0).to(dtype)
 

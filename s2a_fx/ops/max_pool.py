@@ -46,7 +46,7 @@ def pack_places(places: torch.Tensor, bits: int) -> torch.Tensor:
 @fused
 def unpack_places(packed: torch.Tensor, bits: int) -> torch.Tensor:
     """`unpack`."""
-    return unpack(packed, bits)
+    return unpack(packed, bits).to(torch.uint8)
 
 
 def max_pool_kernel(

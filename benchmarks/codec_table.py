@@ -65,7 +65,7 @@ def rows(x: torch.Tensor, bits: int, width: int = 0) -> Coded:
     flat = x.reshape(-1, width or x.shape[-1])
     size = flat.shape[1]
     packed, ranges = quantize(torch.cat((flat, flat[:, -1:].expand(-1, -size % MULTIPLE)), 1), bits)
-    return dequantize(packed, ranges, bits)[:, :size].reshape(x.shape), packed.nbytes + ranges.nbytes
+    return torch.cat(dequantize(packed, ranges, bits), 1)[:, :size].reshape(x.shape), packed.nbytes + ranges.nbytes
 
 
 def rooted(x: torch.Tensor, bits: int, power: int) -> Coded:

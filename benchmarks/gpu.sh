@@ -17,18 +17,15 @@ export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 mkdir -p "$out"
 failed=0
 
-# stage NAME SECONDS SCRIPT OPTIONS...: the script's JSON becomes gpu-NAME.json
+# stage NAME SECONDS SCRIPT OPTIONS...: writes gpu-NAME.json
 stage() {
-    local name=$1 seconds=$2 script=$3 folder
+    local name=$1 seconds=$2 script=$3
     shift 3
-    folder=$(mktemp -d)
     echo "== $name: $script $*"
-    timeout "$seconds" "$python" "benchmarks/$script.py" "$@" --device "$device" --results "$folder" || {
+    timeout "$seconds" "$python" "benchmarks/$script.py" "$@" --device "$device" --name "gpu-$name" || {
         echo "== $name: ended with status $? (124: out of its $seconds seconds)"
         failed=1
     }
-    if [ -f "$folder/$script.json" ]; then mv "$folder/$script.json" "$out/gpu-$name.json"; fi
-    rm -rf "$folder"
 }
 
 if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
@@ -50,5 +47,6 @@ else
     stage step-bfloat16 45 step --models vit_tiny_patch16_224 --batch-size 2 --rounds 2 "${methods[@]}" --dtype bfloat16
     stage peak 25 step --models convnext_atto --batch-size 2 --rounds 0 --methods full bias s2a s2a-max
 fi
+if [ "$out" != benchmarks/results ]; then mv benchmarks/results/gpu-*.json "$out"; fi
 ls -l "$out"/gpu-*.json
 exit $failed

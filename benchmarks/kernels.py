@@ -14,7 +14,6 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import record
 import torch
@@ -218,9 +217,8 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--runs", type=int, default=11)
     parser.add_argument("--cases", nargs="+", choices=[case.name for case in CASES], default=[case.name for case in CASES])
-    parser.add_argument("--results", type=Path, default=record.RESULTS, help="the folder that kernels.json is written to")
+    parser.add_argument("--name", default="kernels", help="of the JSON in benchmarks/results (default: %(default)s)")
     options = parser.parse_args()
-    record.RESULTS = options.results
     bandwidth = copy_bandwidth(options.device)
     rows: list[Row] = []
     left_out: list[str] = []
@@ -245,7 +243,7 @@ def main() -> None:
         "rows": [asdict(row) for row in rows],
         "left_out": left_out,
     }
-    print(record.write("kernels", figures))
+    print(record.write(options.name, figures, options.device))
 
 
 if __name__ == "__main__":

@@ -132,8 +132,7 @@ def main() -> None:
     handles = [plt.Line2D([], [], color=c, marker=m, linestyle="", label=k) for k, (c, m) in KINDS.items() if k in present]
     setting = record["figures"]["setting"]
     precision = "autocast to bfloat16" if setting["amp"] else setting["dtype"]
-    place = record["device"] if setting["device"] == "cpu" else setting["processor"]
-    title = f"Training step, AdamW, {precision}; {place}; torch {record['versions']['torch']}"
+    title = f"Training step, AdamW, {precision}; {record['device']}; torch {record['versions']['torch']}"
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=8)
     figure.suptitle(title, fontsize=10)
     figure.canvas.draw()  # the layout stands from here on: labels are placed in it

@@ -13,16 +13,20 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 
 
-def write(name: str, figures: Any) -> Path:
-    """Write `figures` to results/NAME.json with all that is needed to judge them."""
+def write(name: str, figures: Any, device: str = "cpu") -> Path:
+    """Write `figures`, taken on `device`, to results/NAME.json with all that is needed to judge them."""
     path = RESULTS / f"{name}.json"
     record = {
         "date": datetime.date.today().isoformat(),
-        "device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+        "device": torch.cuda.get_device_name() if device == "cuda" else _cpu(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
-        "command": " ".join(["python", f"benchmarks/{name}.py", *sys.argv[1:]]),
+        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "figures": figures,
     }
     RESULTS.mkdir(exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
     return path
+
+
+def _cpu() -> str:
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"

@@ -19,7 +19,6 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import record
 import timm
@@ -236,11 +235,10 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--amp", action="store_true", help="autocast to bfloat16")
     parser.add_argument("--classes", type=int, default=100)
-    parser.add_argument("--results", type=Path, default=record.RESULTS, help="the folder that step.json is written to")
+    parser.add_argument("--name", default="step", help="of the JSON in benchmarks/results (default: %(default)s)")
     options = parser.parse_args()
     peak_batch_size = options.batch_size if options.peak_batch_size is None else options.peak_batch_size
     setting = Setting(options.device, options.dtype, options.amp, options.classes)
-    record.RESULTS = options.results
     processor = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
     done: list[Row] = []
     missing: list[str] = []
@@ -256,7 +254,8 @@ def main() -> None:
             "rows": [asdict(row) for row in done],
             "left_out": missing,
         }
-        path = record.write("step", figures)  # after every model: a long run that is cut off has left what it knows
+        # after every model: a long run that is cut off has left what it knows
+        path = record.write(options.name, figures, options.device)
     print(path)
 
 

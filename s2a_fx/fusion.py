@@ -22,8 +22,14 @@ from torch.utils._pytree import tree_map
 
 _enabled = os.environ.get("S2A_FX_COMPILE", "1") != "0"
 
-# Roundings to 16 bits inside a kernel are kept: without it a kernel computes on with the unrounded value, and the bits differ.
-_OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {"emulate_precision_casts": True}
+_OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
+    # Roundings to 16 bits inside a kernel are kept: without it a kernel computes on with the unrounded value, and the bits differ.
+    "emulate_precision_casts": True,
+    # What is read often is computed again, not put into a buffer as large as the input: a kernel allocates its outputs alone.
+    "realize_reads_threshold": 1000,
+    "realize_opcount_threshold": 10000,
+    "realize_acc_reads_threshold": 1000,
+}
 
 LINES: dict[Any, Callable[..., Any]] = {}
 """Fused operator -> its lines."""

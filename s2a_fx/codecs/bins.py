@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from s2a_fx.codecs.packing import pack, unpack
+from s2a_fx.codecs.packing import cut, pack, unpack
 from s2a_fx.fusion import fused
 
 PRIOR = (-0.5, 1.5)
@@ -45,11 +45,15 @@ def encode_bins(x: torch.Tensor, boundaries: list[float], bits: int) -> torch.Te
 @fused
 def scale_by_bins(grad: torch.Tensor, packed: torch.Tensor, levels: list[float], bits: int) -> torch.Tensor:
     """`grad` (rows, width) times the slope of each element's bin."""
-    codes = unpack(packed, bits)
-    slopes = torch.full_like(grad, levels[0], dtype=torch.float32)
+    parts = zip(cut(grad, bits), unpack(packed, bits), strict=True)
+    return torch.cat([(part.float() * _slopes(codes, levels)).to(grad.dtype) for part, codes in parts], 1)
+
+
+def _slopes(codes: torch.Tensor, levels: list[float]) -> torch.Tensor:
+    slopes = torch.full_like(codes, levels[0])
     for code, level in enumerate(levels[1:], start=1):
         slopes = torch.where(codes >= code, level, slopes)
-    return (grad.float() * slopes).to(grad.dtype)
+    return slopes
 
 
 @functools.cache

@@ -34,23 +34,30 @@ def _segments(bits: int) -> int:
     return 8 // (bits & -bits)
 
 
+def cut(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, ...]:
+    """The segments of a row of `x` (..., width), as codes of so many bits are packed."""
+    return x.split(x.shape[-1] // _segments(bits), -1)
+
+
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Pack codes, whole numbers below 2**bits of any dtype, (rows, width), into uint8 (rows, width * bits / 8)."""
-    segments = _segments(bits)
-    columns = codes.float().split(codes.shape[1] // segments, 1)
+    """Pack codes, whole numbers below 2**bits of any dtype, (..., width), into uint8 (..., width * bits / 8)."""
+    columns = cut(codes.float(), bits)
     packed = []
     for width, shift in _planes(bits):
-        count = segments * width // 8
+        count = len(columns) * width // 8
         for i in range(count):
             parts = [_bits(columns[i + k * count], shift, width, bits) * 2.0 ** (width * k) for k in range(8 // width)]
             packed.append(functools.reduce(operator.add, parts).to(torch.uint8))
-    return torch.cat(packed, 1) if len(packed) > 1 else packed[0]
+    return torch.cat(packed, -1) if len(packed) > 1 else packed[0]
 
 
-def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
-    """The codes that `pack` was given, as float32 (rows, width)."""
+def unpack(packed: torch.Tensor, bits: int) -> list[torch.Tensor]:
+    """The codes that `pack` was given, as float32, segment by segment.
+
+    What is computed from them is joined last: a compiler fuses all that happens to a segment, but makes a buffer of what is joined.
+    """
     segments = _segments(bits)
-    pieces = packed.float().split(packed.shape[1] * 8 // bits // segments, 1)
+    pieces = packed.float().split(packed.shape[-1] * 8 // bits // segments, -1)
     columns = []
     for i in range(segments):
         parts, start = [], 0
@@ -59,7 +66,7 @@ def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
             parts.append(_bits(pieces[start + i % count], width * (i // count), width, 8) * 2.0**shift)
             start += count
         columns.append(functools.reduce(operator.add, parts))
-    return torch.cat(columns, 1) if len(columns) > 1 else columns[0]
+    return columns
 
 
 def _bits(numbers: torch.Tensor, shift: int, width: int, of: int) -> torch.Tensor:

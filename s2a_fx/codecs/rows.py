@@ -21,19 +21,19 @@ def as_bfloat16(x: torch.Tensor) -> torch.Tensor:
 
 
 def quantize(x: torch.Tensor, bits: int) -> Coded:
-    """Codes packed, uint8 (rows, width * bits / 8), and ranges (low, step), bfloat16 (rows, 2), of float32 `x` (rows, width)."""
-    low = x.amin(1, keepdim=True)
+    """Codes packed, uint8 (..., width * bits / 8), and ranges (low, step), bfloat16 (..., 2), of float32 `x` (..., width)."""
+    low = x.amin(-1, keepdim=True)
     low = as_bfloat16(low - low.abs() * 2**-8)  # down: bfloat16 rounds by less than this
-    span = (x.amax(1, keepdim=True) - low) * ((1 + 2**-7) / (2**bits - 1))  # up, likewise
+    span = (x.amax(-1, keepdim=True) - low) * ((1 + 2**-7) / (2**bits - 1))  # up, likewise
     step = as_bfloat16(span.clamp_min(1e-30))
     codes = ((x - low) / step).round().clamp(0, 2**bits - 1)
-    return pack(codes, bits), torch.cat((low, step), 1).bfloat16()
+    return pack(codes, bits), torch.cat((low, step), -1).bfloat16()
 
 
-def dequantize(packed: torch.Tensor, ranges: torch.Tensor, bits: int) -> torch.Tensor:
-    """float32 (rows, width): what `quantize` was given, to within half a step."""
-    low, step = ranges.float().split(1, 1)
-    return unpack(packed, bits) * step + low
+def dequantize(packed: torch.Tensor, ranges: torch.Tensor, bits: int) -> list[torch.Tensor]:
+    """What `quantize` was given, to within half a step, float32, segment by segment (see `unpack`)."""
+    low, step = ranges.float().split(1, -1)
+    return [codes * step + low for codes in unpack(packed, bits)]
 
 
 @fused
@@ -44,8 +44,8 @@ def encode_rows(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]
 
 @fused
 def decode_rows(packed: torch.Tensor, ranges: torch.Tensor, bits: int) -> torch.Tensor:
-    """`dequantize`."""
-    return dequantize(packed, ranges, bits)
+    """`dequantize`, joined: (rows, width)."""
+    return torch.cat(dequantize(packed, ranges, bits), 1)
 
 
 @dataclass(frozen=True)

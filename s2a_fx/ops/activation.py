@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch.torch_version import TorchVersion
 
 from s2a_fx.codecs.bins import best_bins, encode_bins, scale_by_bins
-from s2a_fx.codecs.packing import pack, packed_width, unpack
+from s2a_fx.codecs.packing import cut, pack, packed_width, unpack
 from s2a_fx.fusion import fused
 from s2a_fx.ops import flat
 
@@ -89,10 +89,10 @@ def encode_mask(x: torch.Tensor, low: float, high: float, closed: bool, rounded:
 @fused
 def scale_by_mask(grad: torch.Tensor, packed: torch.Tensor, inside: float, outside: float) -> torch.Tensor:
     """`grad` times `inside` where the bit is set, times `outside` elsewhere."""
-    dtype = grad.dtype
-    set_ = unpack(packed, 1) > 0
-    grad = grad.float()
-    return torch.where(set_, grad * inside, grad * outside if outside else 0.0).to(dtype)
+    scaled = []
+    for part, codes in zip(cut(grad.float(), 1), unpack(packed, 1), strict=True):
+        scaled.append(torch.where(codes > 0, part * inside, part * outside if outside else 0.0).to(grad.dtype))
+    return torch.cat(scaled, 1)
 
 
 def binned_kernel(x: torch.Tensor, name: str, bits: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -45,8 +45,8 @@ def pack_places(places: torch.Tensor, bits: int) -> torch.Tensor:
 
 @fused
 def unpack_places(packed: torch.Tensor, bits: int) -> torch.Tensor:
-    """`unpack`."""
-    return unpack(packed, bits).to(torch.uint8)
+    """`unpack`, joined."""
+    return torch.cat([codes.to(torch.uint8) for codes in unpack(packed, bits)], 1)
 
 
 def max_pool_kernel(

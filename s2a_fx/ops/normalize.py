@@ -11,8 +11,13 @@ and so do a linear layer and a GELU after it: their input is x_hat * weight + bi
 trained networks have channels far from 0 in every token, which would widen the range of all.
 """
 
+import functools
+import operator
+from collections.abc import Sequence
+
 import torch
 
+from s2a_fx.codecs.packing import cut
 from s2a_fx.codecs.rows import dequantize, quantize
 from s2a_fx.fusion import fused
 
@@ -23,9 +28,8 @@ def normalize_encode(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The codes of x_hat, (rows, width * bits / 8), and their ranges, (rows, 2 * width / group)."""
     x_hat = (x.float() - mean) * rstd - shift
-    rows, groups = x.shape[0], x.shape[1] // group
-    packed, ranges = quantize(x_hat.reshape(rows * groups, group), bits)
-    return packed.reshape(rows, x.shape[1] * bits // 8), ranges.reshape(rows, 2 * groups)
+    packed, ranges = quantize(x_hat.unflatten(1, (-1, group)), bits)
+    return packed.flatten(1), ranges.flatten(1)
 
 
 @fused
@@ -34,10 +38,16 @@ def channel_means(x: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor) -> to
     return ((x.float() - mean) * rstd).mean(0, keepdim=True)
 
 
-def _decoded(packed: torch.Tensor, ranges: torch.Tensor, shift: torch.Tensor, bits: int) -> torch.Tensor:
-    rows, groups = packed.shape[0], ranges.shape[1] // 2
-    coded = packed.reshape(rows * groups, packed.shape[1] // groups), ranges.reshape(rows * groups, 2)
-    return dequantize(*coded, bits).reshape(rows, shift.shape[1]) + shift
+def _decoded(packed: torch.Tensor, ranges: torch.Tensor, shift: torch.Tensor, bits: int) -> list[torch.Tensor]:
+    """x_hat, segment by segment of each group: (rows, groups, group / segments)."""
+    coded = _grouped(packed, ranges), ranges.unflatten(1, (-1, 2))
+    shifts = cut(_grouped(shift, ranges), bits)
+    return [part + its_shift for part, its_shift in zip(dequantize(*coded, bits), shifts, strict=True)]
+
+
+def _grouped(x: torch.Tensor, ranges: torch.Tensor) -> torch.Tensor:
+    """(rows, width) as (rows, groups, group)."""
+    return x.unflatten(1, (ranges.shape[1] // 2, -1))
 
 
 @fused
@@ -51,7 +61,9 @@ def normalize_decode(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """x_hat * weight + bias."""
-    return (_decoded(packed, ranges, shift, bits) * weight.float() + bias.float()).to(dtype)
+    x_hat = _decoded(packed, ranges, shift, bits)
+    scaled_by = zip(x_hat, *(cut(_grouped(p.float(), ranges), bits) for p in (weight, bias)), strict=True)
+    return torch.cat([(part * w + b).to(dtype) for part, w, b in scaled_by], -1).flatten(1)
 
 
 @fused
@@ -68,11 +80,16 @@ def normalize_backward(
 ) -> torch.Tensor:
     """grad_x from grad_y."""
     x_hat = _decoded(packed, ranges, shift, bits)
-    g = grad.float() * weight.float()
-    along = (g * x_hat).mean(1, keepdim=True)
-    if centered:
-        g = g - g.mean(1, keepdim=True)
-    return ((g - x_hat * along) * rstd).to(dtype)
+    g = cut(_grouped(grad.float() * weight.float(), ranges), bits)
+    along = _mean([a * b for a, b in zip(g, x_hat, strict=True)], grad.shape[1])
+    mean = _mean(g, grad.shape[1]) if centered else 0.0
+    parts = [((a - mean - b * along) * rstd.unsqueeze(1)).to(dtype) for a, b in zip(g, x_hat, strict=True)]
+    return torch.cat(parts, -1).flatten(1)
+
+
+def _mean(parts: Sequence[torch.Tensor], width: int) -> torch.Tensor:
+    """The mean over each row, (rows, 1, 1), of its segments."""
+    return functools.reduce(operator.add, [part.sum((1, 2), keepdim=True) for part in parts]) / width
 
 
 def normalized(

@@ -10,7 +10,18 @@ from s2a_fx.analysis.saved import SavedTensor, is_activation
 _KEY = "s2a_fx.smallest"
 
 _OWNERS = frozenset(
-    ["RecomputedBranch", "CodedInput", "layer_norm", "batch_norm", "frozen_batch_norm", "binned", "masked", "dropout", "max_pool"]
+    [
+        "RecomputedBranch",
+        "CodedInput",
+        "CodedMLP",
+        "layer_norm",
+        "batch_norm",
+        "frozen_batch_norm",
+        "binned",
+        "masked",
+        "dropout",
+        "max_pool",
+    ]
 )
 _CODED = ("codes", "ranges", "rstd", "shift", "mask")
 

@@ -26,6 +26,7 @@ from s2a_fx.analysis.non_parametric import non_parametric
 from s2a_fx.analysis.provenance import module_stack
 from s2a_fx.nn.coded import CodedActivation, CodedLayerNorm, MaskedActivation
 from s2a_fx.nn.coded_input import CodedInput
+from s2a_fx.nn.coded_mlp import CodedMLP
 from s2a_fx.nn.lite_side_branch import LiteSideBlock
 from s2a_fx.nn.quantized import (
     QuantizedAttention,
@@ -90,6 +91,9 @@ def _kept_bits(gm: fx.GraphModule, node: fx.Node) -> int:
         return sum(_elements(operand) for operand in node.all_input_nodes[: module.activations]) * module.codec.bits
     if isinstance(module, RecomputedBranch):
         return _elements(node.all_input_nodes[0]) * module.codec.bits
+    if isinstance(module, CodedMLP):
+        x, weight = node.all_input_nodes[:2]
+        return _elements(x) // x.meta["val"].shape[-1] * weight.meta["val"].shape[0] * module.bits
     if isinstance(module, MaskedActivation):
         return _elements(node.all_input_nodes[0])
     if isinstance(module, (CodedActivation, CodedLayerNorm)):

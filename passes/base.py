@@ -17,7 +17,7 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.passes.infra.pass_base import PassResult
 
-from s2a_fx.analysis.provenance import module_stack
+from s2a_fx.analysis.provenance import module_stack, owner_path
 from s2a_fx.analysis.shapes import propagate
 from s2a_fx.errors import InputError, PassError
 
@@ -85,6 +85,16 @@ def call_inserted(gm: fx.GraphModule, path: str, module: nn.Module, args: tuple[
         around = around[:-1]
     node.meta["nn_module_stack"] = {place: (place, kind) for place, kind in [*around, (path, type(module))]}
     return node
+
+
+def replaced(gm: fx.GraphModule, node: fx.Node, module: nn.Module, operands: tuple[Any, ...], path: str | None = None) -> fx.Node:
+    """Replace `node` by a call of `module` on `operands`, put at `path` or at a free one beside it; returns the call."""
+    with gm.graph.inserting_before(node):
+        call = call_inserted(gm, path or free_path(gm, owner_path(node), snake_case(type(module))), module, operands, like=node)
+    call.meta["val"] = node.meta["val"]
+    node.replace_all_uses_with(call)
+    gm.graph.erase_node(node)
+    return call
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Keep what autograd keeps in a few bits, operator by operator.
 
     before                                    keeps                  after                keeps
+    two frozen layers around one of these     32 bits                CodedMLP             4 bits likewise; a few images at a time
     GELU, SiLU, Mish, sigmoid, ...            x or y, 32 bits        CodedActivation      4 bits: the bin of its derivative
     ReLU, ReLU6, leaky ReLU, clamp, ...       y, 32 bits             MaskedActivation     1 bit, exact
     dropout                                   a mask, 32 or 8 bits   CodedDropout         1 bit, exact
@@ -26,7 +27,7 @@ from torch import fx, nn
 from s2a_fx.analysis.activations import activation
 from s2a_fx.analysis.flow import dependent_nodes
 from s2a_fx.analysis.full_width import keep_no_more_than
-from s2a_fx.analysis.non_parametric import dropout_probability, non_parametric
+from s2a_fx.analysis.non_parametric import NonParametric, dropout_probability, non_parametric
 from s2a_fx.analysis.normalized_branches import normalization, runs_once
 from s2a_fx.analysis.provenance import module_stack, owner_path
 from s2a_fx.analysis.saved import SavedTensor, is_activation, saved_tensors
@@ -34,12 +35,13 @@ from s2a_fx.codecs.packing import MULTIPLE
 from s2a_fx.codecs.rows import Rows
 from s2a_fx.errors import InputError
 from s2a_fx.nn.coded import CodedActivation, CodedDropout, CodedLayerNorm, FrozenConvolution, MaskedActivation
-from s2a_fx.nn.coded_input import CodedInput
+from s2a_fx.nn.coded_input import GROUP, CodedInput
 from s2a_fx.nn.lite_side_branch import LiteSideBlock
 from s2a_fx.nn.recompute import can_be_ghost
 from s2a_fx.ops.activation import BINNED
-from s2a_fx.passes.base import Pass, call_inserted, free_path, snake_case
-from s2a_fx.passes.forms_of_normalization import (
+from s2a_fx.passes.base import Pass, call_inserted, free_path, replaced, snake_case
+from s2a_fx.passes.forms_of_mlps import replace_mlp, serves_mlp
+from s2a_fx.passes.forms_of_norms_and_pooling import (
     open_norm_activations,
     replace_batch_norm,
     replace_max_pool,
@@ -117,7 +119,12 @@ class CompressActivations(Pass):
         return [node for node in tagged if self._pays(node, rows, tagged)]
 
     def _bits(self, form: str) -> int:
-        bits = {"activation": self.activation_bits, "norm": self.norm_bits, "attention": self.attention_bits}
+        bits = {
+            "mlp": self.activation_bits,
+            "activation": self.activation_bits,
+            "norm": self.norm_bits,
+            "attention": self.attention_bits,
+        }
         return bits.get(form, self.input_bits)
 
     def _pays(self, node: fx.Node, rows: list[SavedTensor], tagged: list[fx.Node]) -> bool:
@@ -156,7 +163,7 @@ def _replace_activation(gm: fx.GraphModule, node: fx.Node, bits: int) -> None:
     found = activation(gm, node)
     assert found is not None
     module = CodedActivation(found.name, bits) if found.name in BINNED else MaskedActivation(found.name, found.options)
-    call = _substitute(gm, node, module, (found.operand,))
+    call = replaced(gm, node, module, (found.operand,))
     if found.inplace:  # later readers of the operand meant the overwritten one
         found.operand.replace_all_uses_with(call, delete_user_cb=lambda user: user > call)
 
@@ -168,7 +175,7 @@ def _serves_dropout(gm: fx.GraphModule, node: fx.Node) -> bool:
 def _replace_dropout(gm: fx.GraphModule, node: fx.Node, bits: int) -> None:
     probability = dropout_probability(gm, node)
     assert probability is not None
-    _substitute(gm, node, CodedDropout(probability), (node.all_input_nodes[0],))
+    replaced(gm, node, CodedDropout(probability), (node.all_input_nodes[0],))
 
 
 def _serves_norm(gm: fx.GraphModule, node: fx.Node) -> bool:
@@ -181,7 +188,7 @@ def _replace_norm(gm: fx.GraphModule, node: fx.Node, bits: int) -> None:
     rule, *names = found
     with gm.graph.inserting_before(node):
         parameters = [name and gm.graph.get_attr(name) for name in names]
-    _substitute(gm, node, CodedLayerNorm(rule.eps, rule.centered, bits), (node.all_input_nodes[0], *parameters))
+    replaced(gm, node, CodedLayerNorm(rule.eps, rule.centered, bits), (node.all_input_nodes[0], *parameters))
 
 
 def _convolution(gm: fx.GraphModule, node: fx.Node) -> Any:
@@ -200,7 +207,7 @@ def _replace_frozen_convolution(gm: fx.GraphModule, node: fx.Node, bits: int) ->
         weight = gm.graph.get_attr(f"{node.target}.weight")
         bias = None if module.bias is None else gm.graph.get_attr(f"{node.target}.bias")
     frozen = FrozenConvolution(module.stride, module.padding, module.dilation, module.groups)
-    _substitute(gm, node, frozen, (node.all_input_nodes[0], weight, bias))
+    replaced(gm, node, frozen, (node.all_input_nodes[0], weight, bias))
 
 
 def _serves_attention(gm: fx.GraphModule, node: fx.Node) -> bool:
@@ -214,7 +221,22 @@ def _replace_attention(gm: fx.GraphModule, node: fx.Node, bits: int) -> None:
     # A dropped map does not add up to 1: a constant in the values then counts.
     nodes = _with_what_makes_its_mask(node, layer.operands[3:])
     plain = not layer.options["dropout_p"] and not layer.options["eval_dropout_p"]
-    _replace_by_coded_input(gm, nodes, bits, [_source(n, nodes) for n in layer.operands[1:3]] if plain else [])
+    centered = [_source(n, nodes) for n in layer.operands[1:3]] if plain else []
+    _replace_by_coded_input(gm, nodes, bits, centered, _images_at_a_time(layer, nodes) if plain else 0)
+
+
+_PART_BYTES = 24 * 10**6
+"""What an attention recomputed a few images at a time may allocate."""
+
+
+def _images_at_a_time(layer: NonParametric, nodes: tuple[fx.Node, ...]) -> int:
+    """Over how many images an attention is recomputed at a time; 0, all at once, where masks are made for more than one."""
+    value: torch.Tensor = layer.node.meta["val"]
+    outside = {o for n in nodes for o in n.all_input_nodes if o not in nodes} - {*layer.operands[:3]}
+    elements = value[:1].numel()
+    if any(isinstance(o.meta.get("val"), torch.Tensor) for o in outside) or not elements or elements % GROUP:
+        return 0
+    return max(1, _PART_BYTES // (8 * elements * value.element_size()))  # q, k, v, the output, and the gradient of each
 
 
 def _source(node: fx.Node, inside: tuple[fx.Node, ...]) -> fx.Node | None:
@@ -262,7 +284,7 @@ def _replace_input(gm: fx.GraphModule, node: fx.Node, bits: int) -> None:
 
 
 def _replace_by_coded_input(
-    gm: fx.GraphModule, nodes: tuple[fx.Node, ...], bits: int, centered: Sequence[fx.Node | None] = ()
+    gm: fx.GraphModule, nodes: tuple[fx.Node, ...], bits: int, centered: Sequence[fx.Node | None] = (), images: int = 0
 ) -> None:
     """Replace a run of nodes, the last of which is its output, by one `CodedInput`; `centered` are coded less their mean."""
     inside = set(nodes)
@@ -272,7 +294,7 @@ def _replace_by_coded_input(
     operands = (*wide, *(o for o in outside if o not in wide))
     body, backward_body = lifted(gm, nodes, operands, _ghost(gm, nodes[-1]))
     places = tuple(index for index, operand in enumerate(wide) if operand in centered)
-    module = CodedInput(body, backward_body, len(wide), bits, places)
+    module = CodedInput(body, backward_body, len(wide), bits, places, images)
     with gm.graph.inserting_before(nodes[-1]):
         path = free_path(gm, owner_path(nodes[-1]), snake_case(CodedInput))
         call = call_inserted(gm, path, module, operands, like=nodes[-1])
@@ -293,6 +315,7 @@ def _ghost(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
 
 
 FORMS: dict[str, Form] = {
+    "mlp": Form(serves_mlp, replace_mlp),
     "activation": Form(_serves_binned, _replace_activation),
     "mask": Form(_serves_masked, _replace_activation),
     "dropout": Form(_serves_dropout, _replace_dropout),
@@ -314,13 +337,3 @@ def _side_blocks(gm: fx.GraphModule) -> list[tuple[fx.Node, ...]]:
             if kind is LiteSideBlock:
                 runs.setdefault(path, []).append(node)
     return [tuple(nodes) for nodes in runs.values() if len(nodes) > 1]
-
-
-def _substitute(gm: fx.GraphModule, node: fx.Node, module: nn.Module, operands: tuple[Any, ...]) -> fx.Node:
-    path = free_path(gm, owner_path(node), snake_case(type(module)))
-    with gm.graph.inserting_before(node):
-        call = call_inserted(gm, path, module, operands, like=node)
-    call.meta["val"] = node.meta["val"]
-    node.replace_all_uses_with(call)
-    gm.graph.erase_node(node)
-    return call

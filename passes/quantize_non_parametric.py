@@ -28,7 +28,6 @@ from torch import fx, nn
 
 from s2a_fx.analysis.non_parametric import NonParametric, non_parametric, product_with_values
 from s2a_fx.analysis.notes import add_note
-from s2a_fx.analysis.provenance import owner_path
 from s2a_fx.analysis.saved import SavedTensor, is_activation, saved_tensors
 from s2a_fx.errors import InputError
 from s2a_fx.nn.quantized import (
@@ -40,7 +39,7 @@ from s2a_fx.nn.quantized import (
     QuantizedSoftmaxMatmul,
 )
 from s2a_fx.ops.bits import BITS
-from s2a_fx.passes.base import Pass, call_inserted, free_path, snake_case
+from s2a_fx.passes.base import Pass, replaced
 
 _HIDDEN = ("GeluBackward", "SiluBackward", "ReluBackward", "SoftmaxBackward", "ScaledDotProduct")
 
@@ -130,13 +129,7 @@ def _other_holder(rows: list[SavedTensor], own: set[str]) -> str | None:
 
 def _substitute(gm: fx.GraphModule, node: fx.Node, module: nn.Module, operands: tuple[fx.Node, ...]) -> fx.Node:
     sole = node.op == "call_module" and sum(other.target == node.target for other in gm.graph.nodes) == 1
-    path = str(node.target) if sole else free_path(gm, owner_path(node), snake_case(type(module)))
-    with gm.graph.inserting_before(node):
-        call = call_inserted(gm, path, module, operands, like=node)
-    call.meta["val"] = node.meta["val"]
-    node.replace_all_uses_with(call)
-    gm.graph.erase_node(node)
-    return call
+    return replaced(gm, node, module, operands, str(node.target) if sole else None)
 
 
 def _shape(node: fx.Node) -> torch.Size:

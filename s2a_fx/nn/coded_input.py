@@ -4,14 +4,27 @@ For what no operator of its own serves: the side branch's layers, a trained conv
 range holds for 64 neighbours in memory.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
 
-from s2a_fx.codecs.rows import Rows
-from s2a_fx.nn.recompute import Replay, autocast_state, detached, entered, refuse_second_derivative, state_before, unless_unchanged
+from s2a_fx.codecs.rows import Coded, Rows
+from s2a_fx.nn.recompute import (
+    Replay,
+    autocast_state,
+    detached,
+    entered,
+    parts,
+    refuse_second_derivative,
+    state_before,
+    unless_unchanged,
+)
 from s2a_fx.ops import flat
+
+GROUP = 64
+"""Neighbours that share a range."""
 
 
 class CodedInput(nn.Module):
@@ -24,6 +37,7 @@ class CodedInput(nn.Module):
         bits: of the codes, 1 to 8.
         centered: which of the activations are coded less their mean over the last dimension but one. Keys and values may be: the
             gradients of an attention do not change when a constant is added to all its keys, or to all its values.
+        images: how many of the first dimension the backward recomputes at a time; 0 for all. Each must be a function of its own.
 
     The modules that the bodies call stay registered where they are in the model: this module refers to them, and owns none.
     """
@@ -38,6 +52,7 @@ class CodedInput(nn.Module):
         activations: int,
         bits: int,
         centered: tuple[int, ...] = (),
+        images: int = 0,
     ) -> None:
         super().__init__()
         self.__dict__["body"] = body
@@ -45,6 +60,7 @@ class CodedInput(nn.Module):
         self.activations = activations
         self.codec = Rows(bits)
         self.centered = centered
+        self.images = images
 
     def forward(self, *arguments: Any) -> torch.Tensor:
         trained = [p for p in self.body.parameters() if p.requires_grad]
@@ -53,7 +69,14 @@ class CodedInput(nn.Module):
         return _CodedInput.apply(self, len(arguments), *arguments, *trained)  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:
-        return f"activations={self.activations}, bits={self.codec.bits}, centered={self.centered}"
+        return f"activations={self.activations}, bits={self.codec.bits}, centered={self.centered}, images={self.images}"
+
+
+class _Layout(NamedTuple):
+    shape: torch.Size
+    dtype: torch.dtype
+    channels_last: bool
+    needs_grad: bool
 
 
 class _CodedInput(torch.autograd.Function):
@@ -63,15 +86,15 @@ class _CodedInput(torch.autograd.Function):
         ctx.module, ctx.count, ctx.trained = module, count, trained
         device = arguments[0].device
         ctx.autocast = autocast_state(device.type)
-        before = state_before(arguments[0])
-        out = module.body(*arguments)
-        ctx.random_state = unless_unchanged(before, device)
         codes: list[torch.Tensor] = []
         ctx.layouts = []
         for index, x in enumerate(arguments[: module.activations]):
             coded = torch.sub(x, x.mean(-2, keepdim=True), out=x.new_empty(x.shape)) if index in module.centered else x
-            codes += module.codec.encode(flat.rows(coded, 64))
-            ctx.layouts.append((x.shape, x.dtype, flat.is_channels_last(coded), x.requires_grad))
+            codes += module.codec.encode(flat.rows(coded, GROUP))
+            ctx.layouts.append(_Layout(x.shape, x.dtype, flat.is_channels_last(coded), x.requires_grad))
+        before = state_before(arguments[0])
+        out = module.body(*arguments)
+        ctx.random_state = unless_unchanged(before, device)
         operands = arguments[module.activations :]
         ctx.saved_names = ("codes", "ranges") * module.activations + ("operand",)
         ctx.save_for_backward(*codes, *(t for t in operands if isinstance(t, torch.Tensor)))
@@ -83,19 +106,52 @@ class _CodedInput(torch.autograd.Function):
         refuse_second_derivative()
         module: CodedInput = ctx.module
         kept = iter(ctx.saved_tensors)
-        inputs = [_decoded(module.codec, (next(kept), next(kept)), *layout) for layout in ctx.layouts]
-        inputs += [detached(next(kept)) if constant is None else constant for constant in ctx.constants]
-        leaves = [t for t in inputs if isinstance(t, torch.Tensor) and t.requires_grad]
+        codes = [(next(kept), next(kept)) for _ in ctx.layouts]
+        operands = [detached(next(kept)) if constant is None else constant for constant in ctx.constants]
         trained = [p for p in ctx.trained if p.requires_grad]
-        with Replay(ctx.random_state, grad.device), torch.enable_grad(), entered(ctx.autocast, grad.device.type):
-            result = module.backward_body(*inputs)
-        found = iter(torch.autograd.grad(result, (*leaves, *trained), grad, allow_unused=True))
-        of_inputs = [next(found) if isinstance(t, torch.Tensor) and t.requires_grad else None for t in inputs]
-        return None, None, *of_inputs, *found
+        wide = sum(layout.needs_grad for layout in ctx.layouts)
+        total: list[torch.Tensor | None] | None = None
+        with Replay(ctx.random_state, grad.device):
+            for start, part in parts(grad, module.images):
+                place = (start, part.shape[0])
+                inputs = [_decoded(module.codec, *each, place) for each in zip(codes, ctx.layouts, strict=True)]
+                leaves = [t for t in inputs if t.requires_grad]
+                others = [t for t in operands if isinstance(t, torch.Tensor) and t.requires_grad]
+                with torch.enable_grad(), entered(ctx.autocast, grad.device.type):
+                    result = module.backward_body(*inputs, *operands)
+                found = torch.autograd.grad(result, (*leaves, *others, *trained), part, allow_unused=True)
+                del result, inputs, leaves
+                total = list(found) if part.shape[0] == grad.shape[0] else _with_part(total, found, wide, place, grad.shape[0])
+                del found
+        assert total is not None
+        gradients = iter(total)
+        of_inputs = [next(gradients) if layout.needs_grad else None for layout in ctx.layouts]
+        of_operands = [next(gradients) if isinstance(t, torch.Tensor) and t.requires_grad else None for t in operands]
+        return None, None, *of_inputs, *of_operands, *gradients
 
 
-def _decoded(
-    codec: Rows, coded: tuple[torch.Tensor, torch.Tensor], shape: torch.Size, dtype: torch.dtype, channels_last: bool, grad: bool
-) -> torch.Tensor:
-    values = flat.restore(codec.decode(coded), shape, channels_last).to(dtype)
-    return values.detach().requires_grad_(grad)
+def _decoded(codec: Rows, coded: Coded, layout: _Layout, place: tuple[int, int]) -> torch.Tensor:
+    """The activation at a place, (first image, number of images)."""
+    start, images = place
+    batch = layout.shape[0]
+    if images < batch:
+        each = coded[0].shape[0] // batch
+        coded = (coded[0][start * each : (start + images) * each], coded[1][start * each : (start + images) * each])
+    shape = torch.Size((images, *layout.shape[1:])) if images < batch else layout.shape
+    values = flat.restore(codec.decode(coded), shape, layout.channels_last).to(layout.dtype)
+    return values.detach().requires_grad_(layout.needs_grad)
+
+
+def _with_part(
+    total: list[torch.Tensor | None] | None, found: Sequence[torch.Tensor | None], wide: int, place: tuple[int, int], batch: int
+) -> list[torch.Tensor | None]:
+    """The gradients with those of one part: of activations, the first `wide`, put in their place, all others added up."""
+    if total is None:
+        total = [None if g is None else g.new_empty(batch, *g.shape[1:]) for g in found[:wide]] + [None] * len(found[wide:])
+    for index, g in enumerate(found):
+        whole = total[index]
+        if g is not None and index < wide and whole is not None:
+            whole[place[0] : sum(place)] = g
+        elif g is not None:
+            total[index] = g if whole is None else whole + g
+    return total

@@ -287,3 +287,25 @@ def test_a_batch_norm_s_statistics_move_once():
     step(gm, x)
     for name in ("mean", "variance"):
         torch.testing.assert_close(gm.get_buffer(name), model.get_buffer(name))
+
+
+def test_an_attention_a_few_images_at_a_time_has_the_same_gradients():
+    model, x = small_model("vit")
+    gm = coded(model, x, 4)
+    attentions = [m for m in layers(gm, "CodedInput") if m.images]
+    assert len(attentions) == 3
+    results = []
+    for images in (0, 1, 3):
+        for module in attentions:
+            module.images = images
+        results.append(step(gm, x))
+    assert all(torch.equal(output, results[0][0]) for output, _ in results)
+    for _, gradients in results[1:]:
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, results[0][1][name])
+
+
+def test_an_attention_with_a_mask_or_dropout_is_recomputed_at_once():
+    swin = coded(*small_model("swin"))
+    dropping = coded(*small_model("vit", attn_drop_rate=0.5))
+    assert not any(m.images for gm in (swin, dropping) for m in layers(gm, "CodedInput"))

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from timm.layers import BatchNormAct2d
 from torch import fx, nn
 
-from s2a_fx.analysis.provenance import module_stack, owner_path
+from s2a_fx.analysis.provenance import module_stack
 from s2a_fx.nn.coded_norms import BATCH_NORMS, CodedBatchNorm, CodedMaxPool, pair, taking_over
 from s2a_fx.ops.max_pool import LARGEST
-from s2a_fx.passes.base import call_inserted, free_path
+from s2a_fx.passes.base import replaced
 
 _POOLINGS = (F.max_pool2d, torch.max_pool2d)
 
@@ -82,12 +82,7 @@ def replace_max_pool(gm: fx.GraphModule, node: fx.Node, bits: int) -> None:
     """Replace the pooling by its coded form; the bits follow from the window."""
     module = max_pooling(gm, node)
     assert module is not None
-    with gm.graph.inserting_before(node):
-        path = free_path(gm, owner_path(node), f"{node.name}_coded")
-        call = call_inserted(gm, path, module, (node.all_input_nodes[0],), like=node)
-    call.meta["val"] = node.meta["val"]
-    node.replace_all_uses_with(call)
-    gm.graph.erase_node(node)
+    replaced(gm, node, module, (node.all_input_nodes[0],))
 
 
 def max_pooling(gm: fx.GraphModule, node: fx.Node) -> CodedMaxPool | None:

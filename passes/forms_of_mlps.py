@@ -1,0 +1,77 @@
+"""How `CompressActivations` finds and replaces two frozen linear layers around an activation.
+
+    before  fc1 -> GELU -> dropout of 0 -> fc2      keeps fc1's output, 32 bits; makes it, and its gradient, whole
+    after   CodedMLP                                keeps 4 bits an element, and makes it a few images at a time
+
+Leaves alone layers whose weights train, layers with hooks, and what is read from elsewhere, too.
+"""
+
+from dataclasses import dataclass
+
+from torch import fx, nn
+
+from s2a_fx.analysis.activations import activation
+from s2a_fx.analysis.non_parametric import dropout_probability
+from s2a_fx.codecs.packing import MULTIPLE
+from s2a_fx.nn.coded_mlp import CodedMLP
+from s2a_fx.nn.recompute import can_be_ghost
+from s2a_fx.ops.activation import BINNED
+from s2a_fx.passes.base import replaced
+
+
+@dataclass(frozen=True)
+class _MLP:
+    first: fx.Node
+    name: str
+    between: tuple[fx.Node, ...]  # from the activation to the last before the second linear layer
+    second: fx.Node
+
+
+def serves_mlp(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node is an activation between two frozen linear layers, read by the second alone."""
+    return _mlp(gm, node) is not None
+
+
+def replace_mlp(gm: fx.GraphModule, node: fx.Node, bits: int) -> None:
+    """Replace both layers and the activation by one `CodedMLP`, at the place of the second."""
+    mlp = _mlp(gm, node)
+    assert mlp is not None
+    with gm.graph.inserting_before(mlp.first):
+        parameters = [_parameter(gm, layer, name) for layer in (mlp.first, mlp.second) for name in ("weight", "bias")]
+    replaced(gm, mlp.second, CodedMLP(mlp.name, bits), (mlp.first.all_input_nodes[0], *parameters))
+    for left in (*reversed(mlp.between), mlp.first):
+        gm.graph.erase_node(left)
+
+
+def _mlp(gm: fx.GraphModule, node: fx.Node) -> _MLP | None:
+    found = activation(gm, node)
+    if found is None or found.name not in BINNED or not _is_frozen_linear(gm, found.operand) or len(found.operand.users) != 1:
+        return None
+    if found.operand.meta["val"].shape[-1] % MULTIPLE:
+        return None
+    between = [node]
+    while len(between[-1].users) == 1:
+        user = next(iter(between[-1].users))
+        if _is_frozen_linear(gm, user):
+            return _MLP(found.operand, found.name, tuple(between), user)
+        if not _does_nothing(gm, user):
+            return None
+        between.append(user)
+    return None
+
+
+def _is_frozen_linear(gm: fx.GraphModule, node: fx.Node) -> bool:
+    module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+    return isinstance(module, nn.Linear) and can_be_ghost(module) and not module.weight.requires_grad
+
+
+def _does_nothing(gm: fx.GraphModule, node: fx.Node) -> bool:
+    if node.op == "call_module" and type(gm.get_submodule(str(node.target))) is nn.Identity:
+        return True
+    return dropout_probability(gm, node) == 0
+
+
+def _parameter(gm: fx.GraphModule, layer: fx.Node, name: str) -> fx.Node | None:
+    if getattr(gm.get_submodule(str(layer.target)), name) is None:
+        return None
+    return gm.graph.get_attr(f"{layer.target}.{name}")

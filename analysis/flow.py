@@ -17,10 +17,10 @@ def dependent_nodes(gm: fx.GraphModule) -> set[fx.Node]:
 
 
 def trained_nodes(gm: fx.GraphModule) -> set[fx.Node]:
-    """The nodes whose value depends on a parameter that trains: a gradient flows back to them."""
+    """The floating values that depend on a parameter that trains, or on an input that needs a gradient: one flows back to them."""
     found: set[fx.Node] = set()
     for node in gm.graph.nodes:
-        if any(operand in found for operand in node.all_input_nodes) or _trains(gm, node):
+        if _may_need_grad(node) and (any(operand in found for operand in node.all_input_nodes) or _trains(gm, node)):
             found.add(node)
     return found
 
@@ -47,8 +47,17 @@ def attribute(gm: fx.GraphModule, path: str) -> Any:
     return value
 
 
+def _may_need_grad(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return not isinstance(value, torch.Tensor | int | bool) or (isinstance(value, torch.Tensor) and value.is_floating_point())
+
+
 def _trains(gm: fx.GraphModule, node: fx.Node) -> bool:
+    if node.op == "placeholder":
+        return isinstance(value := node.meta.get("val"), torch.Tensor) and value.requires_grad
     if node.op == "call_module":
-        return any(p.requires_grad for p in gm.get_submodule(str(node.target)).parameters())
+        module = gm.get_submodule(str(node.target))
+        modules = (module, module.__dict__.get("body"))  # a part of the model that is computed again stands outside its module
+        return any(p.requires_grad for m in modules if isinstance(m, torch.nn.Module) for p in m.parameters())
     value = attribute(gm, str(node.target)) if node.op == "get_attr" else None
     return isinstance(value, torch.Tensor) and value.requires_grad

@@ -14,6 +14,7 @@ _OWNERS = frozenset(
         "RecomputedBranch",
         "CodedInput",
         "CodedMLP",
+        "CodedAttention",
         "layer_norm",
         "batch_norm",
         "frozen_batch_norm",
@@ -36,9 +37,11 @@ def full_width_notes(gm: fx.GraphModule, rows: Sequence[SavedTensor]) -> tuple[N
     if _KEY not in gm.meta:
         return ()
     wide = [row for row in rows if is_activation(row) and row.bytes >= gm.meta[_KEY] and not _is_code(row)]
-    return tuple(
-        Note("CompressActivations", row.node, f"{row.operand} kept at full width: no form serves {row.op}") for row in wide
-    )
+    return tuple(Note("CompressActivations", row.node, _reason(row)) for row in wide)
+
+
+def _reason(row: SavedTensor) -> str:
+    return f"{row.operand} kept at full width: no form serves {row.op}, or its codes take as much"
 
 
 def _is_code(row: SavedTensor) -> bool:

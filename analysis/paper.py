@@ -25,6 +25,7 @@ from s2a_fx.analysis.flow import trained_nodes
 from s2a_fx.analysis.non_parametric import non_parametric
 from s2a_fx.analysis.provenance import module_stack
 from s2a_fx.nn.coded import CodedActivation, CodedLayerNorm, MaskedActivation
+from s2a_fx.nn.coded_attention import CodedAttention
 from s2a_fx.nn.coded_input import CodedInput
 from s2a_fx.nn.coded_mlp import CodedMLP
 from s2a_fx.nn.lite_side_branch import LiteSideBlock
@@ -85,7 +86,7 @@ def _kept_bits(gm: fx.GraphModule, node: fx.Node) -> int:
     module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
     if isinstance(module, QuantizedReLU):
         return _elements(node)
-    if isinstance(module, QuantizedAttention):
+    if isinstance(module, (QuantizedAttention, CodedAttention)):
         return _map_elements(*node.all_input_nodes[:2]) * module.bits
     if isinstance(module, CodedInput):
         return sum(_elements(operand) for operand in node.all_input_nodes[: module.activations]) * module.codec.bits

@@ -30,6 +30,7 @@ from torch import nn
 
 from s2a_fx.codecs.bins import PRIOR, Bins, _bins_of, best_bins, encode_bins, scale_by_bins
 from s2a_fx.codecs.packing import MULTIPLE
+from s2a_fx.codecs.powers import Powers
 from s2a_fx.codecs.rows import dequantize, quantize
 from s2a_fx.ops import uniform
 from s2a_fx.ops.gelu import CLIP, derivative
@@ -70,8 +71,9 @@ def rows(x: torch.Tensor, bits: int, width: int = 0) -> Coded:
 
 def rooted(x: torch.Tensor, bits: int, power: int) -> Coded:
     """Rows of the root: finer near 0."""
-    root, nbytes = rows(x ** (1 / power), bits)
-    return root**power, nbytes
+    codec = Powers(bits, power)
+    coded = codec.encode(x.reshape(-1, x.shape[-1]))
+    return codec.decode(coded, x.shape[-1]).reshape(x.shape), sum(t.nbytes for t in coded)
 
 
 def slope(x: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@
 # peak      predicted against measured alone, on more families
 #
 # Writes $OUT/gpu-*.json. A stage that runs out of its seconds leaves the models that it had done. Without a GPU it goes through the
-# same stages with small models on the CPU, in three minutes at most.
+# same stages with small models on the CPU, in six minutes at most.
 set -u
 cd "$(dirname "$0")/.."
 out=${OUT:-benchmarks/results}
@@ -22,10 +22,12 @@ stage() {
     local name=$1 seconds=$2 script=$3
     shift 3
     echo "== $name: $script $*"
+    rm -f "benchmarks/results/gpu-$name.json"
     timeout "$seconds" "$python" "benchmarks/$script.py" "$@" --device "$device" --name "gpu-$name" || {
         echo "== $name: ended with status $? (124: out of its $seconds seconds)"
         failed=1
     }
+    if [ "$out" != benchmarks/results ]; then mv "benchmarks/results/gpu-$name.json" "$out" || failed=1; fi
 }
 
 if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
@@ -41,12 +43,11 @@ else
     device=cpu
     export OMP_NUM_THREADS=1
     methods=(--methods full bias bias+checkpoint s2a s2a-max)
-    stage kernels-float32 35 kernels --batch-size 1 --runs 2
-    stage kernels-bfloat16 30 kernels --batch-size 1 --runs 2 --dtype bfloat16
-    stage step-float32 45 step --models vit_tiny_patch16_224 --batch-size 2 --rounds 2 "${methods[@]}" lora
-    stage step-bfloat16 45 step --models vit_tiny_patch16_224 --batch-size 2 --rounds 2 "${methods[@]}" --dtype bfloat16
-    stage peak 25 step --models convnext_atto --batch-size 2 --rounds 0 --methods full bias s2a s2a-max
+    stage kernels-float32 60 kernels --batch-size 1 --runs 2
+    stage kernels-bfloat16 40 kernels --batch-size 1 --runs 2 --dtype bfloat16
+    stage step-float32 100 step --models vit_tiny_patch16_224 --batch-size 2 --rounds 2 "${methods[@]}" lora
+    stage step-bfloat16 100 step --models vit_tiny_patch16_224 --batch-size 2 --rounds 2 "${methods[@]}" --dtype bfloat16
+    stage peak 60 step --models convnext_atto --batch-size 2 --rounds 0 --methods full bias s2a s2a-max
 fi
-if [ "$out" != benchmarks/results ]; then mv benchmarks/results/gpu-*.json "$out"; fi
 ls -l "$out"/gpu-*.json
 exit $failed

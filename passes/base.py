@@ -17,6 +17,7 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.passes.infra.pass_base import PassResult
 
+from s2a_fx.analysis.flow import attribute
 from s2a_fx.analysis.provenance import module_stack, owner_path
 from s2a_fx.analysis.shapes import propagate
 from s2a_fx.errors import InputError, PassError
@@ -58,14 +59,21 @@ def require_positive(source: Pass, **options: int) -> None:
 
 
 def free_path(gm: fx.GraphModule, parent: str, name: str) -> str:
-    """A path under `parent` that no module has yet: `parent.name`, or with a number."""
-    taken = {path for path, _ in gm.named_modules(remove_duplicate=False)}
+    """A path under `parent` where nothing stands yet: `parent.name`, or with a number."""
     wanted = path = f"{parent}.{name}" if parent else name
     count = 1
-    while path in taken:
+    while _is_taken(gm, path):
         path = f"{wanted}_{count}"
         count += 1
     return path
+
+
+def _is_taken(gm: fx.GraphModule, path: str) -> bool:
+    try:
+        attribute(gm, path)
+    except AttributeError:
+        return False
+    return True
 
 
 def snake_case(kind: type) -> str:
@@ -87,9 +95,19 @@ def call_inserted(gm: fx.GraphModule, path: str, module: nn.Module, args: tuple[
     return node
 
 
-def replaced(gm: fx.GraphModule, node: fx.Node, module: nn.Module, operands: tuple[Any, ...], path: str | None = None) -> fx.Node:
-    """Replace `node` by a call of `module` on `operands`, put at `path` or at a free one beside it; returns the call."""
-    with gm.graph.inserting_before(node):
+def replaced(
+    gm: fx.GraphModule,
+    node: fx.Node,
+    module: nn.Module,
+    operands: tuple[Any, ...],
+    path: str | None = None,
+    before: fx.Node | None = None,
+) -> fx.Node:
+    """Replace `node` by a call of `module` on `operands`, put at `path` or at a free one beside it; returns the call.
+
+    The call stands where the node stood, or `before` an earlier one.
+    """
+    with gm.graph.inserting_before(before or node):
         call = call_inserted(gm, path or free_path(gm, owner_path(node), snake_case(type(module))), module, operands, like=node)
     call.meta["val"] = node.meta["val"]
     node.replace_all_uses_with(call)

@@ -14,7 +14,7 @@ from s2a_fx.analysis.activations import activation
 from s2a_fx.analysis.non_parametric import dropout_probability
 from s2a_fx.codecs.packing import MULTIPLE
 from s2a_fx.nn.coded_mlp import CodedMLP
-from s2a_fx.nn.recompute import can_be_ghost
+from s2a_fx.nn.recompute import can_be_ghost, has_hooks
 from s2a_fx.ops.activation import BINNED
 from s2a_fx.passes.base import replaced
 
@@ -33,12 +33,13 @@ def serves_mlp(gm: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def replace_mlp(gm: fx.GraphModule, node: fx.Node, bits: int) -> None:
-    """Replace both layers and the activation by one `CodedMLP`, at the place of the second."""
+    """Replace both layers and the activation by one `CodedMLP`, where the first stands: what it reads may be overwritten later."""
     mlp = _mlp(gm, node)
     assert mlp is not None
     with gm.graph.inserting_before(mlp.first):
         parameters = [_parameter(gm, layer, name) for layer in (mlp.first, mlp.second) for name in ("weight", "bias")]
-    replaced(gm, mlp.second, CodedMLP(mlp.name, bits), (mlp.first.all_input_nodes[0], *parameters))
+    operands = (mlp.first.all_input_nodes[0], *parameters)
+    replaced(gm, mlp.second, CodedMLP(mlp.name, bits), operands, before=mlp.first)
     for left in (*reversed(mlp.between), mlp.first):
         gm.graph.erase_node(left)
 
@@ -46,6 +47,8 @@ def replace_mlp(gm: fx.GraphModule, node: fx.Node, bits: int) -> None:
 def _mlp(gm: fx.GraphModule, node: fx.Node) -> _MLP | None:
     found = activation(gm, node)
     if found is None or found.name not in BINNED or not _is_frozen_linear(gm, found.operand) or len(found.operand.users) != 1:
+        return None
+    if node.op == "call_module" and has_hooks(gm.get_submodule(str(node.target))):
         return None
     if found.operand.meta["val"].shape[-1] % MULTIPLE:
         return None
@@ -66,9 +69,10 @@ def _is_frozen_linear(gm: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _does_nothing(gm: fx.GraphModule, node: fx.Node) -> bool:
-    if node.op == "call_module" and type(gm.get_submodule(str(node.target))) is nn.Identity:
-        return True
-    return dropout_probability(gm, node) == 0
+    module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+    if module is not None and has_hooks(module):
+        return False
+    return type(module) is nn.Identity or dropout_probability(gm, node) == 0
 
 
 def _parameter(gm: fx.GraphModule, layer: fx.Node, name: str) -> fx.Node | None:

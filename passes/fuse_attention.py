@@ -34,13 +34,13 @@ class FuseAttention(Pass):
     """Replace softmax(q @ k^T) @ v by `scaled_dot_product_attention`."""
 
     def rewrite(self, gm: fx.GraphModule) -> bool:
-        dependent = dependent_nodes(gm)
+        dependent, trained = dependent_nodes(gm), trained_nodes(gm)
         modified = False
         for node in list(gm.graph.nodes):
             layer = non_parametric(gm, node)
             if layer is None or layer.kind != "softmax":
                 continue
-            reason = _fuse(gm, node, dependent)
+            reason = _fuse(gm, node, dependent, trained)
             modified |= reason is None
             if reason:
                 add_note(gm, "FuseAttention", node.name, reason)
@@ -52,7 +52,7 @@ def zero_scores(query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     return query.new_zeros(()).expand(*query.shape[:-1], keys.shape[-1])
 
 
-def _fuse(gm: fx.GraphModule, softmax: fx.Node, dependent: set[fx.Node]) -> str | None:
+def _fuse(gm: fx.GraphModule, softmax: fx.Node, dependent: set[fx.Node], trained: set[fx.Node]) -> str | None:
     """Fuse the attention around one softmax; returns why not."""
     product = product_with_values(gm, softmax)
     if product is None:
@@ -65,7 +65,7 @@ def _fuse(gm: fx.GraphModule, softmax: fx.Node, dependent: set[fx.Node]) -> str 
         return "its scores are not a product of two activations, scaled and added to"
     if scores.meta["val"].shape != softmax.meta["val"].shape or any(not t.meta["val"].is_floating_point() for t in added):
         return "its scores are reshaped, or a mask of another type than theirs is added"
-    if not trained_nodes(gm).isdisjoint(added):
+    if not trained.isdisjoint(added):
         return "what is added to its scores is trained"
     query, keys = scores.args[:2]
     assert isinstance(query, fx.Node) and isinstance(keys, fx.Node)

@@ -60,7 +60,7 @@ class RecomputeBranches(Pass):
         trained = trained_nodes(gm)
         modified = False
         for branch in normalized_branches(gm):
-            reason = _refusal(branch, trained)
+            reason = _refusal(gm, branch, trained)
             if reason:
                 add_note(gm, "RecomputeBranches", branch.norm.name, reason)
             elif self._wanted(branch):
@@ -107,8 +107,15 @@ def _kind(branch: NormalizedBranch) -> str:
     return "attention" if "softmax" in text or "attention" in text or "attn" in text else "mlp"
 
 
-def _refusal(branch: NormalizedBranch, trained: set[fx.Node]) -> str | None:
+def _refusal(gm: fx.GraphModule, branch: NormalizedBranch, trained: set[fx.Node]) -> str | None:
     width = branch.norm.meta["val"].shape[-1]
     if width % MULTIPLE:
         return f"{width} channels are not a multiple of {MULTIPLE}: codes could not be packed"
-    return None if branch.output in trained else "keeps nothing: no gradient flows through it"
+    last = branch.tail or branch.output  # a bias that trains there alone keeps nothing
+    flows = not trained.isdisjoint(last.all_input_nodes) or _trains_its_weight(gm, last)
+    return None if flows else "keeps nothing: no gradient flows through it"
+
+
+def _trains_its_weight(gm: fx.GraphModule, node: fx.Node) -> bool:
+    module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+    return module is not None and any(p.requires_grad and p.ndim > 1 for p in module.parameters())

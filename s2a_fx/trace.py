@@ -34,6 +34,7 @@ from s2a_fx.errors import InputError, TraceError
 from s2a_fx.nn.training_switch import Difference, TrainingSwitch
 
 _BASE_PARAMETERS = "s2a_fx.base_parameters"
+_NON_PERSISTENT = "s2a_fx.non_persistent_buffers"
 
 
 def trace(model: nn.Module, example_inputs: torch.Tensor | Sequence[torch.Tensor]) -> fx.GraphModule:
@@ -138,7 +139,11 @@ def _symbolic(model: nn.Module, arity: int) -> fx.GraphModule:
         module.training = training
     train_graph._tracer_cls = BufferTracer
     gm = fx.GraphModule(model, train_graph, type(model).__name__)
-    _keep_non_persistent(model, gm)
+    gm.meta[_NON_PERSISTENT] = tuple(
+        f"{path}.{name}".lstrip(".") for path, module in model.named_modules() for name in module._non_persistent_buffers_set
+    )
+    leave_out_non_persistent(gm)
+    gm._register_deepcopy_hook(leave_out_non_persistent)
     for name, differences in divergence.switches.items():
         _insert_switch(gm, name, differences)
     if "" in divergence.leaves:
@@ -149,12 +154,13 @@ def _symbolic(model: nn.Module, arity: int) -> fx.GraphModule:
     return gm
 
 
-def _keep_non_persistent(model: nn.Module, gm: fx.GraphModule) -> None:
-    """Leave out of the graph's state dict what the model leaves out of its own: torch before 2.12 copies buffers as persistent."""
-    copies = dict(gm.named_modules())
-    for path, module in model.named_modules():
-        if path in copies:
-            copies[path]._non_persistent_buffers_set |= module._non_persistent_buffers_set & copies[path]._buffers.keys()
+def leave_out_non_persistent(gm: fx.GraphModule) -> None:
+    """Leave out of the graph's state dict what the model leaves out of its own: torch 2.11 lets a graph save all buffers."""
+    modules = dict(gm.named_modules())
+    for path in gm.meta[_NON_PERSISTENT]:
+        owner, _, name = path.rpartition(".")
+        if owner in modules and name in modules[owner]._buffers:
+            modules[owner]._non_persistent_buffers_set.add(name)
 
 
 class BufferTracer(fx.Tracer):

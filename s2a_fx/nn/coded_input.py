@@ -112,7 +112,7 @@ class _CodedInput(torch.autograd.Function):
         wide = sum(layout.needs_grad for layout in ctx.layouts)
         total: list[torch.Tensor | None] | None = None
         with Replay(ctx.random_state, grad.device):
-            for start, part in parts(grad, module.images):
+            for start, part in parts(grad, _images(module.images, ctx.layouts, grad)):
                 place = (start, part.shape[0])
                 inputs = [_decoded(module.codec, *each, place) for each in zip(codes, ctx.layouts, strict=True)]
                 leaves = [t for t in inputs if t.requires_grad]
@@ -128,6 +128,14 @@ class _CodedInput(torch.autograd.Function):
         of_inputs = [next(gradients) if layout.needs_grad else None for layout in ctx.layouts]
         of_operands = [next(gradients) if isinstance(t, torch.Tensor) and t.requires_grad else None for t in operands]
         return None, None, *of_inputs, *of_operands, *gradients
+
+
+def _images(images: int, layouts: Sequence[_Layout], grad: torch.Tensor) -> int:
+    """How many of the first dimension go together: 0, all, unless every activation and its codes can be cut as the output is."""
+    alike = all(
+        layout.shape[0] == grad.shape[0] and len(layout.shape) > 2 and layout.shape[1:].numel() % GROUP == 0 for layout in layouts
+    )
+    return images if alike and not any(layout.channels_last for layout in layouts) else 0
 
 
 def _decoded(codec: Rows, coded: Coded, layout: _Layout, place: tuple[int, int]) -> torch.Tensor:

@@ -66,7 +66,7 @@ _most_parts: int | None = None
 
 @contextmanager
 def at_most_parts(count: int) -> Iterator[None]:
-    """Inside this context only so many parts run: for simulations, which ask what is allocated and not for values."""
+    """Inside this context only so many parts of fake tensors run: simulations ask what is allocated, and not for values."""
     global _most_parts
     before, _most_parts = _most_parts, count
     try:
@@ -80,7 +80,8 @@ def parts(x: torch.Tensor, images: int) -> list[tuple[int, torch.Tensor]]:
     if not images or images >= x.shape[0]:
         return [(0, x)]
     size = -(-x.shape[0] // -(-x.shape[0] // images))  # parts alike: a small last one would run at a worse rate
-    return [(start, x[start : start + size]) for start in list(range(0, x.shape[0], size))[:_most_parts]]
+    starts = list(range(0, x.shape[0], size))[: _most_parts if isinstance(x, FakeTensor) else None]
+    return [(start, x[start : start + size]) for start in starts]
 
 
 def refuse_second_derivative() -> None:
@@ -96,9 +97,14 @@ def detached(value: Any) -> Any:
     return value.detach().requires_grad_(value.requires_grad) if isinstance(value, torch.Tensor) else value
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether anything is to happen when the module runs, forward or backward."""
+    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
+
+
 def can_be_ghost(module: nn.Module | None) -> bool:
     """Whether a module is a plain linear layer or convolution, without hooks: what `Ghost` knows the backward of."""
-    if module is None or module._forward_hooks or module._forward_pre_hooks or hasattr(module, "parametrizations"):
+    if module is None or has_hooks(module) or hasattr(module, "parametrizations"):
         return False
     if type(module) in (nn.Linear, timm.layers.Linear):
         return True

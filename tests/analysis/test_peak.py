@@ -1,20 +1,42 @@
 """The peak: within two percent of what the allocator counts, and a timeline whose parts add up."""
 
+import contextlib
+
 import pytest
 import torch
 from small_models import small_model
 from torch import nn
 
 import s2a_fx
+from s2a_fx.analysis import simulation
 from s2a_fx.analysis.measure import measure_peak_bytes
+from s2a_fx.analysis.peak import peak, timeline
+from s2a_fx.analysis.simulation import simulate
+from s2a_fx.nn import coded_mlp
+from s2a_fx.passes import CompressActivations, FreezeWeights, RecomputeBranches, forms_of_attention
 
 
-@pytest.mark.parametrize("recipe", ["full", "bias", "s2a-paper"])
+@pytest.mark.parametrize("recipe", ["full", "bias", "s2a-paper", "s2a", "s2a-max"])
 def test_predicted_peak_is_within_two_percent_of_the_allocator_s(family, recipe):
     model, x = small_model(family)
     gm = s2a_fx.transform(model, x, recipe)
     optimizer = torch.optim.AdamW([p for p in gm.parameters() if p.requires_grad])
     assert s2a_fx.analyze(gm, x).peak_bytes == pytest.approx(measure_peak_bytes(gm, (x,), optimizer), rel=0.02)
+
+
+@pytest.mark.parametrize("plan", ["recompute", "map"])
+def test_of_many_parts_a_few_tell_the_peak(vit, plan, monkeypatch):
+    model, x = vit
+    x = torch.cat([x] * 4)
+    monkeypatch.setattr(coded_mlp, "_PART_BYTES", 20_000)
+    monkeypatch.setattr(forms_of_attention, "_PART_BYTES", 1)
+    branches = () if plan == "map" else (RecomputeBranches(kinds=("mlp",), part_mb=1),)
+    gm = s2a_fx.transform(model, x, (FreezeWeights(), *branches, CompressActivations(attention_plan=plan, smallest=1)))
+    some = peak(timeline(gm, simulate(gm)))
+    monkeypatch.setattr(simulation, "at_most_parts", lambda count: contextlib.nullcontext())
+    assert peak(timeline(gm, simulate(gm))) == some
+    optimizer = torch.optim.AdamW([p for p in gm.parameters() if p.requires_grad])
+    assert some.bytes == pytest.approx(measure_peak_bytes(gm, (x,), optimizer), rel=0.02)
 
 
 def test_timeline_tells_kinds_and_where_the_peak_stands(vit):

@@ -96,3 +96,33 @@ def test_no_rows():
 def test_other_bits_are_refused(bits):
     with pytest.raises(s2a_fx.InputError, match="from 1 to 8"):
         Rows(bits)
+
+
+def test_random_rounding_is_right_on_average():
+    torch.manual_seed(0)
+    x = torch.randn(20, 64)
+    codec = Rows(2, stochastic=True)
+    mean = torch.stack([codec.decode(codec.encode(x)) for _ in range(2000)]).mean(0)
+    step = (x.amax(1, keepdim=True) - x.amin(1, keepdim=True)) / 3
+    nearest = Rows(2).decode(Rows(2).encode(x))
+    assert ((mean - x).abs() / step).max() < 0.06  # five deviations of the mean of 2000 draws
+    assert ((nearest - x).abs() / step).max() > 0.4
+
+
+def test_random_rounding_never_strays_a_step():
+    torch.manual_seed(0)
+    x = torch.randn(20, 64) * torch.logspace(-3, 3, 20).unsqueeze(1)
+    codec = Rows(4, stochastic=True)
+    step = (x.amax(1, keepdim=True) - x.amin(1, keepdim=True)) / 15
+    assert ((codec.decode(codec.encode(x)) - x).abs() <= 1.02 * step).all()
+
+
+def test_the_same_seed_rounds_the_same():
+    x = torch.randn(20, 64)
+    codec = Rows(3, stochastic=True)
+    draws = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        draws.append(codec.encode(x)[0])
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])

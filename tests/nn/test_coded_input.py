@@ -289,20 +289,58 @@ def test_a_batch_norm_s_statistics_move_once():
         torch.testing.assert_close(gm.get_buffer(name), model.get_buffer(name))
 
 
-def test_an_attention_a_few_images_at_a_time_has_the_same_gradients():
-    model, x = small_model("vit")
+class SelfAttention(nn.Module):
+    """Queries, keys and values of one tensor, far from 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(64, 64)
+
+    def forward(self, x):
+        x = self.linear(x) + 3
+        return F.scaled_dot_product_attention(x, x, x)
+
+
+def test_queries_are_not_centered_where_they_are_keys_too():
+    torch.manual_seed(0)
+    model, x = SelfAttention(), torch.randn(2, 3, 8, 64)
+    _, exact = step(model, x)
+    assert worst_cosine(step(coded(model, x), x)[1], exact) > (0.999,)
+
+
+def grouped(few_keys):
+    """Attention whose keys are fewer than its queries, and code in no whole rows an image."""
+
+    def attend(x):
+        return F.scaled_dot_product_attention(x, x[..., :few_keys, :], x[..., :few_keys, :])
+
+    return attend
+
+
+@pytest.mark.parametrize("shape", [(5, 2, 8, 64), (6, 2, 16, 8), (40, 64)], ids=str)
+@pytest.mark.parametrize("keys", [0, 3])
+@pytest.mark.parametrize("images", [1, 2, 4])
+def test_an_attention_a_few_images_at_a_time_has_the_same_gradients(shape, keys, images):
+    torch.manual_seed(0)
+    width = shape[-1]
+    attend = grouped(keys) if keys else F.scaled_dot_product_attention
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k = nn.Linear(width, width), nn.Linear(width, width)
+
+        def forward(self, x):
+            return attend(self.q(x)) if keys else attend(self.q(x), self.k(x), x)
+
+    model, x = Model(), torch.randn(shape)
     gm = coded(model, x, 4)
-    attentions = [m for m in layers(gm, "CodedInput") if m.images]
-    assert len(attentions) == 3
-    results = []
-    for images in (0, 1, 3):
-        for module in attentions:
-            module.images = images
-        results.append(step(gm, x))
-    assert all(torch.equal(output, results[0][0]) for output, _ in results)
-    for _, gradients in results[1:]:
-        for name, gradient in gradients.items():
-            torch.testing.assert_close(gradient, results[0][1][name])
+    (module,) = [m for m in layers(gm, "CodedInput") if "scaled_dot_product" in m.body.code]
+    module.images = 0
+    _, whole = step(gm, x)
+    module.images = images
+    for name, gradient in step(gm, x)[1].items():
+        torch.testing.assert_close(gradient, whole[name])
 
 
 def test_an_attention_with_a_mask_or_dropout_is_recomputed_at_once():

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from saved_bytes import Kept
+from saved_bytes import Kept, cosine
 from steps import layers, step, worst_cosine
 from torch import nn
 
@@ -30,10 +30,10 @@ def coded(model, x, bits=8, keep=("bias",)):
     return s2a_fx.transform(model, x, (FreezeWeights(keep=keep), CompressActivations(bits, smallest=1)))
 
 
-@pytest.fixture(params=[0, 1], ids=["whole", "an image at a time"])
+@pytest.fixture(params=[None, 1, 32 * 8 * 7], ids=["whole", "a row at a time", "uneven parts"])
 def parts(request, monkeypatch):
     if request.param:
-        monkeypatch.setattr(coded_mlp, "_PART_BYTES", 1)
+        monkeypatch.setattr(coded_mlp, "_PART_BYTES", request.param)
 
 
 @pytest.mark.parametrize("name", ["gelu", "gelu_tanh", "silu", "quick_gelu", "mish"])
@@ -77,11 +77,21 @@ def test_forward_is_equal_and_gradients_are_near(bias, parts):
 
 def test_needs_no_gradient_of_its_input(parts):
     model, x = mlp()
+    gm, exact = coded(model, x), s2a_fx.transform(model, x, (FreezeWeights(keep=("bias",)),))
+    for m in (gm, exact):
+        m(x).square().sum().backward()
+    for name in ("0.bias", "4.bias"):
+        torch.testing.assert_close(gm.get_parameter(name).grad, exact.get_parameter(name).grad, rtol=0.02, atol=0.05)
+
+
+def test_where_the_last_bias_alone_trains_nothing_is_kept():
+    model, x = mlp()
     gm = coded(model, x)
-    gm(x).sum().backward()
-    exact = coded(model, x, keep=("bias",))
-    torch.testing.assert_close(gm.get_parameter("4.bias").grad, torch.full((8,), 30.0))
-    assert exact.get_parameter("0.weight").grad is None
+    gm.get_parameter("0.bias").requires_grad_(False)
+    with Kept(*gm.parameters()) as kept:
+        gm(x).sum().backward()
+    assert kept.nbytes == 0
+    assert gm.get_parameter("4.bias").grad is not None
 
 
 def test_thawed_weights_train():
@@ -123,9 +133,10 @@ def test_an_empty_batch():
     assert not gm.get_parameter("0.bias").grad.any()
 
 
-def test_vectors_alone():
+@pytest.mark.parametrize("shape", [(16,), (7, 16), (2, 3, 4, 16)], ids=str)
+def test_any_number_of_dimensions(shape, parts):
     model, _ = mlp()
-    x = torch.randn(7, 16)
+    x = torch.randn(shape)
     _, exact = step(s2a_fx.transform(model, x, (FreezeWeights(keep=("bias",)),)), x)
     assert worst_cosine(step(coded(model, x), x)[1], exact) > (0.999,)
 
@@ -152,6 +163,67 @@ def test_a_second_derivative_is_refused():
         torch.autograd.grad(gm(x).square().sum(), x, create_graph=True)
 
 
+def test_backward_twice():
+    model, x = mlp()
+    gm = coded(model, x)
+    loss = gm(x).square().sum()
+    loss.backward(retain_graph=True)
+    once = gm.get_parameter("0.bias").grad.clone()
+    loss.backward()
+    torch.testing.assert_close(gm.get_parameter("0.bias").grad, 2 * once)
+
+
+def test_weights_moved_to_another_dtype_follow(parts):
+    model, x = mlp()
+    gm = coded(model, x).to(torch.bfloat16)
+    _, exact = step(s2a_fx.transform(model, x, (FreezeWeights(keep=("bias",)),)), x)
+    actual = step(gm, x.bfloat16())[1]
+    assert {g.dtype for g in actual.values()} == {torch.bfloat16}
+    assert worst_cosine(actual, exact) > (0.99,)
+
+
+def test_what_does_not_lie_in_order(parts):
+    module, x = CodedMLP("gelu", 8), torch.randn(6, 16, 5).mT.requires_grad_()
+    weights = [torch.randn(32, 16), None, torch.randn(8, 32), None]
+    grad = torch.randn(1, 1, 8).expand(6, 5, 8)
+    (actual,) = torch.autograd.grad(module(x, *weights), x, grad)
+    (exact,) = torch.autograd.grad(F.gelu(x @ weights[0].T) @ weights[2].T, x, grad)
+    assert cosine(actual, exact) > 0.9999
+
+
+class Twice(nn.Module):
+    """One MLP called twice; one after it reads what it overwrites."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x):
+        x = self.second(F.gelu(self.first(x)))
+        u = self.first(x)
+        return x.relu_() + self.second(F.gelu(u))
+
+
+def test_called_twice_and_read_before_it_is_overwritten():
+    torch.manual_seed(0)
+    model, x = Twice(), torch.randn(X)
+    gm = coded(model, x)
+    assert len(layers(gm, "CodedMLP")) == 2
+    y, exact = step(s2a_fx.transform(model, x, (FreezeWeights(keep=("bias",)),)), x)
+    output, actual = step(gm, x)
+    torch.testing.assert_close(output, y)
+    assert worst_cosine(actual, exact) > (0.999,)
+
+
+def test_layers_in_a_row():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 8)), torch.randn(X)
+    gm = coded(model, x)
+    assert [len(layers(gm, name)) for name in ("CodedMLP", "CodedActivation")] == [1, 1]
+    _, exact = step(s2a_fx.transform(model, x, (FreezeWeights(keep=("bias",)),)), x)
+    assert worst_cosine(step(gm, x)[1], exact) > (0.999,)
+
+
 class ReadTwice(nn.Module):
     def __init__(self):
         super().__init__()
@@ -162,9 +234,9 @@ class ReadTwice(nn.Module):
         return self.second(F.gelu(u)) + u[..., :8]
 
 
-def hooked():
+def hooked(layer=0):
     model = mlp()[0]
-    model[0].register_forward_hook(lambda module, args, output: output * 2)
+    model[layer].register_forward_hook(lambda module, args, output: output * 2)
     return model
 
 
@@ -177,9 +249,21 @@ def hooked():
         (mlp(drop=0.5)[0], ("bias",)),
         (ReadTwice(), ("bias",)),
         (hooked(), ("bias",)),
+        (hooked(1), ("bias",)),
+        (hooked(3), ("bias",)),
         (nn.Sequential(nn.Linear(16, 12), nn.GELU(), nn.Linear(12, 8)), ("bias",)),
     ],
-    ids=["second trains", "first trains", "relu", "dropout", "read twice", "hooked", "cannot be packed"],
+    ids=[
+        "second trains",
+        "first trains",
+        "relu",
+        "dropout",
+        "read twice",
+        "hooked",
+        "activation hooked",
+        "identity hooked",
+        "cannot be packed",
+    ],
 )
 def test_what_does_not_fit_is_left_to_the_other_forms(model, keep):
     x = torch.randn(X)

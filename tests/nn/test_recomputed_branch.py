@@ -208,6 +208,7 @@ def test_state_dict_has_the_keys_of_the_uncompressed_module(family):
     model, x = small_model(family)
     gm = s2a_fx.transform(model, x, (RecomputeBranches(),))
     assert gm.state_dict().keys() == model.state_dict().keys()
+    assert copy.deepcopy(gm).state_dict().keys() == model.state_dict().keys()
     assert dict(gm.named_parameters()).keys() == dict(model.named_parameters()).keys()
 
 

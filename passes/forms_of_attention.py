@@ -1,0 +1,102 @@
+"""How `CompressActivations` finds and replaces fused attention.
+
+    before  scaled_dot_product_attention    keeps q, k, v, its output and a number a row
+    after   CodedInput (plan "recompute")   keeps 4 bits of q, k and v; the backward computes the attention again
+    after   CodedAttention (plan "map")     keeps 4 bits of q, k, v and the map; the backward multiplies matrices alone
+
+What makes a mask for one attention alone is made again, not kept. The plan "map" leaves to the other one: dropout, masks that
+train, grouped queries.
+"""
+
+import operator
+
+import torch
+from torch import fx
+
+from s2a_fx.analysis.flow import trained_nodes
+from s2a_fx.analysis.non_parametric import NonParametric, non_parametric
+from s2a_fx.nn.coded_attention import CodedAttention
+from s2a_fx.nn.coded_input import GROUP
+from s2a_fx.passes.base import replaced
+from s2a_fx.passes.forms_of_inputs import replace_by_coded_input
+from s2a_fx.passes.fuse_attention import zero_scores
+
+_MAKES_MASKS = (zero_scores, operator.add, torch.add, "add", "view", "reshape", "transpose")
+_PART_BYTES = 24 * 10**6
+"""What an attention worked on a few images at a time may allocate."""
+
+
+def serves_attention(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node is an attention, however it is spelled."""
+    found = non_parametric(gm, node)
+    return found is not None and found.kind == "attention"
+
+
+def replace_attention(gm: fx.GraphModule, node: fx.Node, bits: int) -> None:
+    """Replace the attention, and what makes its mask, by the form that recomputes it."""
+    layer = non_parametric(gm, node)
+    assert layer is not None
+    nodes = _with_what_makes_its_mask(node, layer.operands[3:])
+    plain = _is_plain(layer)
+    query, *others = (_source(n, nodes) for n in layer.operands[:3])
+    centered = [n for n in others if n is not query] if plain else []  # a constant in a query counts
+    replace_by_coded_input(gm, nodes, bits, centered, _images_at_a_time(layer, nodes) if plain else 0)
+
+
+def _is_plain(layer: NonParametric) -> bool:
+    """Without dropout: a dropped map does not add up to 1, and a constant in the values counts."""
+    return not layer.options["dropout_p"] and not layer.options["eval_dropout_p"]
+
+
+def _images_at_a_time(layer: NonParametric, nodes: tuple[fx.Node, ...]) -> int:
+    """Over how many images an attention is recomputed at a time; 0, all at once, where masks are made for more than one."""
+    value: torch.Tensor = layer.node.meta["val"]
+    outside = {o for n in nodes for o in n.all_input_nodes if o not in nodes} - {*layer.operands[:3]}
+    elements = value[:1].numel()
+    if any(isinstance(o.meta.get("val"), torch.Tensor) for o in outside) or not elements or elements % GROUP:
+        return 0
+    return max(1, _PART_BYTES // (8 * elements * value.element_size()))  # q, k, v, the output, and the gradient of each
+
+
+def _source(node: fx.Node, inside: tuple[fx.Node, ...]) -> fx.Node | None:
+    """Where keys or values come from, outside of the nodes; None if they lie transposed there."""
+    turns = 0
+    while node in inside and node.target == "transpose" and node.args[1:] == (-2, -1):
+        node, turns = node.all_input_nodes[0], turns + 1
+    return None if turns % 2 or node in inside else node
+
+
+def _with_what_makes_its_mask(attention: fx.Node, masks: tuple[fx.Node, ...]) -> tuple[fx.Node, ...]:
+    """The attention, and what makes its mask for it alone: one as wide as the map is made again, not kept."""
+    above = {*masks}
+    run = {attention}
+    for node in reversed(list(attention.graph.nodes)):
+        makes = node in above or node.target == "transpose"  # keys are turned back and forth around a mask
+        if makes and node.target in _MAKES_MASKS and node.users and all(user in run for user in node.users):
+            run.add(node)
+            above.update(node.all_input_nodes)
+    return tuple(node for node in attention.graph.nodes if node in run)
+
+
+def serves_attention_map(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node is an attention without dropout, as many keys as queries have heads, whose mask needs no gradient."""
+    layer = non_parametric(gm, node)
+    if layer is None or layer.kind != "attention" or not _is_plain(layer) or layer.options["enable_gqa"]:
+        return False
+    shapes = [o.meta["val"].shape for o in layer.operands[:3]]
+    return (
+        all(len(shape) == 4 and shape[:2] == shapes[0][:2] for shape in shapes)
+        and layer.node.meta["val"].shape[-1] == shapes[2][-1]
+        and trained_nodes(gm).isdisjoint(layer.operands[3:])
+    )
+
+
+def replace_attention_map(gm: fx.GraphModule, node: fx.Node, bits: int) -> None:
+    """Replace the attention by the form that keeps its map."""
+    layer = non_parametric(gm, node)
+    assert layer is not None
+    query, key = (o.meta["val"] for o in layer.operands[:2])
+    of_one = query[:1].numel() // query.shape[-1] * key.shape[-2] * 3 * 4  # the map, its gradient, and their product, float32
+    packable = all(o.meta["val"][:1].numel() % GROUP == 0 for o in layer.operands[:3])
+    images = max(1, _PART_BYTES // of_one) if packable and of_one else 0
+    replaced(gm, node, CodedAttention(layer.options["scale"], layer.options["is_causal"], bits, images), layer.operands)

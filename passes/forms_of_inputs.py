@@ -1,0 +1,74 @@
+"""How `CompressActivations` replaces what no form of its own serves: kept as its coded inputs, computed again in the backward."""
+
+import operator
+from collections.abc import Sequence
+
+import torch
+from torch import fx, nn
+
+from s2a_fx.analysis.flow import dependent_nodes
+from s2a_fx.analysis.normalized_branches import runs_once
+from s2a_fx.analysis.provenance import owner_path
+from s2a_fx.nn.coded_input import CodedInput
+from s2a_fx.nn.recompute import can_be_ghost
+from s2a_fx.passes.base import call_inserted, free_path, snake_case
+from s2a_fx.passes.subgraphs import lifted
+
+_IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
+
+
+def serves_input(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Any operator that is a function of tensors: no batch norm, which would count a batch twice, nothing in place, no view."""
+    value = node.meta.get("val")
+    inputs = [o.meta.get("val") for o in node.all_input_nodes]
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point() or not inputs:
+        return False
+    if any(isinstance(v, list | tuple) for v in inputs):
+        return False
+    if node.op == "call_module":
+        modules = gm.get_submodule(str(node.target)).modules()
+        return not any(runs_once(m) or _is_coded(m) or getattr(m, "inplace", False) for m in modules)
+    name = getattr(node.target, "__name__", str(node.target)).split(".")[0]
+    in_place = name.endswith("_") or node.target in _IN_PLACE or bool(node.kwargs.get("inplace"))
+    return node.op in ("call_function", "call_method") and "batch_norm" not in name and not in_place
+
+
+def _is_coded(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("s2a_fx.nn")
+
+
+def replace_input(gm: fx.GraphModule, node: fx.Node, bits: int) -> None:
+    """Replace the node by the form that keeps its coded inputs."""
+    replace_by_coded_input(gm, (node,), bits)
+
+
+def replace_by_coded_input(
+    gm: fx.GraphModule, nodes: tuple[fx.Node, ...], bits: int, centered: Sequence[fx.Node | None] = (), images: int = 0
+) -> None:
+    """Replace a run of nodes, the last of which is its output, by one `CodedInput`; `centered` are coded less their mean."""
+    inside = set(nodes)
+    outside = dict.fromkeys(o for n in nodes for o in n.all_input_nodes if o not in inside)
+    dependent = dependent_nodes(gm)
+    wide = [o for o in outside if o in dependent and is_float(o)]
+    operands = (*wide, *(o for o in outside if o not in wide))
+    body, backward_body = lifted(gm, nodes, operands, _ghost(gm, nodes[-1]))
+    places = tuple(index for index, operand in enumerate(wide) if operand in centered)
+    module = CodedInput(body, backward_body, len(wide), bits, places, images)
+    with gm.graph.inserting_before(nodes[-1]):
+        path = free_path(gm, owner_path(nodes[-1]), snake_case(CodedInput))
+        call = call_inserted(gm, path, module, operands, like=nodes[-1])
+    call.meta["val"] = nodes[-1].meta["val"]
+    nodes[-1].replace_all_uses_with(call)
+    for node in reversed(nodes):
+        gm.graph.erase_node(node)
+
+
+def is_float(node: fx.Node) -> bool:
+    """Whether a node's value is a floating tensor."""
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def _ghost(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+    module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+    return node if can_be_ghost(module) else None

@@ -1,6 +1,6 @@
 """Draw what step.py wrote: the peak of a step against its time, one panel a backbone.
 
-    python benchmarks/plot_step.py [benchmarks/results/step.json] [--output benchmarks/results/step.svg step.png]
+    python benchmarks/plot_step.py [benchmarks/results/step_*.json] [--output step.svg step.png]
 
 Down and left is better.
 """
@@ -110,16 +110,19 @@ def _text_box(text: Any) -> tuple[float, float, float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("json", type=Path, nargs="?", default=RESULTS / "step.json")
-    parser.add_argument("--output", type=Path, nargs="+", help="default: the JSON's name with .svg and .png")
+    parser.add_argument(
+        "json", type=Path, nargs="*", default=[RESULTS / f"step_{name}.json" for name in ("vit", "swin", "convnext")]
+    )
+    parser.add_argument("--output", type=Path, nargs="+", default=[RESULTS / "step.svg", RESULTS / "step.png"])
     options = parser.parse_args()
-    record = json.loads(options.json.read_text())
+    records = [json.loads(path.read_text()) for path in options.json]
+    record = records[0]  # one machine and one setting: the title is its
     panels: dict[str, list[dict[str, Any]]] = {}
-    for row in record["figures"]["rows"]:
+    for row in [row for each in records for row in each["figures"]["rows"]]:
         if row["memory"]["peak_measured"] and row["time_over_full"]:
             panels.setdefault(row["model"], []).append(row)
     if not panels:
-        raise SystemExit(f"{options.json} has no row with both a peak and a time over full's; run step.py with full and both.")
+        raise SystemExit("no JSON has a row with both a peak and a time over full's; run step.py with full and both.")
     plt.rcParams["svg.hashsalt"] = "step"  # the same figures give the same file
     columns = min(len(panels), 2)
     lines = -(-len(panels) // columns)
@@ -139,7 +142,7 @@ def main() -> None:
     figure.set_layout_engine("none")
     for axes, rows in zip(grid.flat, panels.values(), strict=False):
         label(axes, rows)
-    for path in options.output or [options.json.with_suffix(".svg"), options.json.with_suffix(".png")]:
+    for path in options.output:
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
         print(path)
 

@@ -55,8 +55,9 @@ def main() -> None:
             rows.append(check(name, recipe, options.batch_size))
             gc.collect()
             print(*rows[-1].values(), flush=True)
+        path = record.write("truth", rows)  # after every model: a long run that is cut off has left what it knows
     print(tabulate(rows, headers="keys"))
-    print(record.write("truth", rows))
+    print(path)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from s2a_fx.nn.recompute import Recomputed
+
 
 def dependent_nodes(gm: fx.GraphModule) -> set[fx.Node]:
     """The nodes whose value depends on the model's input."""
@@ -57,7 +59,6 @@ def _trains(gm: fx.GraphModule, node: fx.Node) -> bool:
         return isinstance(value := node.meta.get("val"), torch.Tensor) and value.requires_grad
     if node.op == "call_module":
         module = gm.get_submodule(str(node.target))
-        modules = (module, module.__dict__.get("body"))  # a part of the model that is computed again stands outside its module
-        return any(p.requires_grad for m in modules if isinstance(m, torch.nn.Module) for p in m.parameters())
+        return any(p.requires_grad for p in module.parameters()) or (isinstance(module, Recomputed) and bool(module.trained()))
     value = attribute(gm, str(node.target)) if node.op == "get_attr" else None
     return isinstance(value, torch.Tensor) and value.requires_grad

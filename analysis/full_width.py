@@ -9,22 +9,8 @@ from s2a_fx.analysis.saved import SavedTensor, is_activation
 
 _KEY = "s2a_fx.smallest"
 
-_OWNERS = frozenset(
-    [
-        "RecomputedBranch",
-        "CodedInput",
-        "CodedMLP",
-        "CodedAttention",
-        "layer_norm",
-        "batch_norm",
-        "frozen_batch_norm",
-        "binned",
-        "masked",
-        "dropout",
-        "max_pool",
-    ]
-)
-_CODED = ("codes", "ranges", "rstd", "shift", "mask")
+_CODED = ("codes", "ranges", "range", "rstd", "shift", "mask", "dropout_mask")
+"""What the operators and modules of this package call what they code."""
 
 
 def keep_no_more_than(gm: fx.GraphModule, nbytes: int) -> None:
@@ -46,4 +32,4 @@ def _reason(row: SavedTensor) -> str:
 
 def _is_code(row: SavedTensor) -> bool:
     owner, _, name = row.operand.rpartition(".")
-    return owner in _OWNERS and name in _CODED
+    return "Backward" not in owner and name in _CODED  # autograd's own nodes are called ...Backward0

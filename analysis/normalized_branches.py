@@ -15,7 +15,7 @@ from torch import fx, nn
 
 from s2a_fx.analysis.flow import attribute, dependent_nodes
 from s2a_fx.analysis.non_parametric import dropout_probability, non_parametric
-from s2a_fx.nn.recompute import can_be_ghost
+from s2a_fx.nn.ghost import can_be_ghost
 from s2a_fx.nn.recomputed_branch import Norm
 from s2a_fx.nn.training_switch import TrainingSwitch
 

@@ -19,34 +19,16 @@ at full width, the report says.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-from torch import fx, nn
+from torch import fx
 
-from s2a_fx.analysis.activations import activation
 from s2a_fx.analysis.full_width import keep_no_more_than
-from s2a_fx.analysis.non_parametric import dropout_probability
-from s2a_fx.analysis.normalized_branches import normalization
-from s2a_fx.analysis.provenance import module_stack
 from s2a_fx.analysis.saved import SavedTensor, is_activation, saved_tensors
-from s2a_fx.codecs.packing import MULTIPLE
 from s2a_fx.codecs.rows import Rows
 from s2a_fx.errors import InputError
-from s2a_fx.nn.coded import CodedActivation, CodedDropout, CodedLayerNorm, FrozenConvolution, MaskedActivation
-from s2a_fx.nn.lite_side_branch import LiteSideBlock
-from s2a_fx.nn.recompute import can_be_ghost, has_hooks
-from s2a_fx.ops.activation import BINNED
-from s2a_fx.passes.base import Pass, replaced
-from s2a_fx.passes.forms_of_attention import replace_attention, replace_attention_map, serves_attention, serves_attention_map
-from s2a_fx.passes.forms_of_inputs import is_float, replace_by_coded_input, replace_input, serves_input
-from s2a_fx.passes.forms_of_mlps import replace_mlp, serves_mlp
-from s2a_fx.passes.forms_of_norms_and_pooling import (
-    open_norm_activations,
-    replace_batch_norm,
-    replace_max_pool,
-    serves_batch_norm,
-    serves_max_pool,
-)
+from s2a_fx.nn.ghost import has_hooks
+from s2a_fx.passes.base import Pass
+from s2a_fx.passes.forms import activations, attention, convolutions, inputs, mlps, norms
 
 CODING = "s2a_fx.coding"
 
@@ -59,6 +41,31 @@ class Coding:
 
     form: str
     bits: int
+
+
+@dataclass(frozen=True)
+class Form:
+    """One row of the table: which nodes it serves, how it replaces one, and the option that says in how many bits."""
+
+    serves: Callable[[fx.GraphModule, fx.Node], bool]
+    replace: Callable[[fx.GraphModule, fx.Node, int], None]
+    bits: str = "input_bits"
+
+
+FORMS: dict[str, Form] = {
+    "mlp": Form(mlps.serves_mlp, mlps.replace_mlp, "activation_bits"),
+    "activation": Form(activations.serves_binned, activations.replace_activation, "activation_bits"),
+    "mask": Form(activations.serves_masked, activations.replace_activation),
+    "dropout": Form(activations.serves_dropout, activations.replace_dropout),
+    "norm": Form(norms.serves_layer_norm, norms.replace_layer_norm, "norm_bits"),
+    "frozen_convolution": Form(convolutions.serves_frozen_convolution, convolutions.replace_frozen_convolution),
+    "attention_map": Form(attention.serves_map, attention.replace_map, "attention_bits"),
+    "attention": Form(attention.serves_attention, attention.replace_attention, "attention_bits"),
+    "batch_norm": Form(norms.serves_batch_norm, norms.replace_batch_norm),
+    "max_pool": Form(convolutions.serves_max_pool, convolutions.replace_max_pool),
+    "input": Form(inputs.serves_input, inputs.replace_input),
+}
+"""Form -> which nodes it serves and how; the first that serves a node is taken."""
 
 
 @dataclass(frozen=True)
@@ -90,10 +97,10 @@ class CompressActivations(Pass):
             raise InputError(f"CompressActivations: smallest must be 0 or more bytes, got {self.smallest!r}.")
 
     def rewrite(self, gm: fx.GraphModule) -> bool:
-        opened = open_norm_activations(gm)
-        blocks = _side_blocks(gm)
+        opened = norms.open_norm_activations(gm)
+        blocks = inputs.side_blocks(gm)
         for nodes in blocks:
-            replace_by_coded_input(gm, nodes, self.input_bits)
+            inputs.replace_by_coded_input(gm, nodes, self.input_bits)
         tagged = self.tag(gm)
         for node in tagged:
             coding = node.meta[CODING]
@@ -132,18 +139,8 @@ class CompressActivations(Pass):
             return None
         for name, form in FORMS.items():
             if (name != "attention_map" or self.attention_plan == "map") and form.serves(gm, node):
-                return Coding(name, self._bits(name))
+                return Coding(name, getattr(self, form.bits))
         return None
-
-    def _bits(self, form: str) -> int:
-        bits = {
-            "mlp": self.activation_bits,
-            "activation": self.activation_bits,
-            "norm": self.norm_bits,
-            "attention": self.attention_bits,
-            "attention_map": self.attention_bits,
-        }
-        return bits.get(form, self.input_bits)
 
     def _pays(self, node: fx.Node, rows: list[SavedTensor], tagged: list[fx.Node]) -> bool:
         """Whether coding the node frees more than its codes take, once all tagged nodes are coded."""
@@ -155,100 +152,5 @@ class CompressActivations(Pass):
                 freed += row.bytes // len(holders)
         if node.meta[CODING].form != "input":
             return freed > 0 or node.meta[CODING].form == "frozen_convolution"
-        operands = [o.meta["val"].numel() for o in node.all_input_nodes if is_float(o) and o.op != "get_attr"]
+        operands = [o.meta["val"].numel() for o in node.all_input_nodes if inputs.is_float(o) and o.op != "get_attr"]
         return freed > sum(operands) * node.meta[CODING].bits // 8
-
-
-@dataclass(frozen=True)
-class Form:
-    """One row of the table: which nodes it serves, and how it replaces one."""
-
-    serves: Callable[[fx.GraphModule, fx.Node], bool]
-    replace: Callable[[fx.GraphModule, fx.Node, int], None]
-
-
-def _serves_binned(gm: fx.GraphModule, node: fx.Node) -> bool:
-    found = activation(gm, node)
-    return found is not None and found.name in BINNED
-
-
-def _serves_masked(gm: fx.GraphModule, node: fx.Node) -> bool:
-    found = activation(gm, node)
-    return found is not None and found.name not in BINNED
-
-
-def _replace_activation(gm: fx.GraphModule, node: fx.Node, bits: int) -> None:
-    found = activation(gm, node)
-    assert found is not None
-    module = CodedActivation(found.name, bits) if found.name in BINNED else MaskedActivation(found.name, found.options)
-    call = replaced(gm, node, module, (found.operand,))
-    if found.inplace:  # later readers of the operand meant the overwritten one
-        found.operand.replace_all_uses_with(call, delete_user_cb=lambda user: user > call)
-
-
-def _serves_dropout(gm: fx.GraphModule, node: fx.Node) -> bool:
-    return bool(dropout_probability(gm, node))
-
-
-def _replace_dropout(gm: fx.GraphModule, node: fx.Node, bits: int) -> None:
-    probability = dropout_probability(gm, node)
-    assert probability is not None
-    replaced(gm, node, CodedDropout(probability), (node.all_input_nodes[0],))
-
-
-def _serves_norm(gm: fx.GraphModule, node: fx.Node) -> bool:
-    return normalization(gm, node) is not None and node.meta["val"].shape[-1] % MULTIPLE == 0
-
-
-def _replace_norm(gm: fx.GraphModule, node: fx.Node, bits: int) -> None:
-    found = normalization(gm, node)
-    assert found is not None
-    rule, *names = found
-    with gm.graph.inserting_before(node):
-        parameters = [name and gm.graph.get_attr(name) for name in names]
-    replaced(gm, node, CodedLayerNorm(rule.eps, rule.centered, bits), (node.all_input_nodes[0], *parameters))
-
-
-def _convolution(gm: fx.GraphModule, node: fx.Node) -> Any:
-    module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
-    return module if can_be_ghost(module) and not isinstance(module, nn.Linear) else None
-
-
-def _serves_frozen_convolution(gm: fx.GraphModule, node: fx.Node) -> bool:
-    module = _convolution(gm, node)
-    return module is not None and not module.weight.requires_grad
-
-
-def _replace_frozen_convolution(gm: fx.GraphModule, node: fx.Node, bits: int) -> None:
-    module = _convolution(gm, node)
-    with gm.graph.inserting_before(node):
-        weight = gm.graph.get_attr(f"{node.target}.weight")
-        bias = None if module.bias is None else gm.graph.get_attr(f"{node.target}.bias")
-    frozen = FrozenConvolution(module.stride, module.padding, module.dilation, module.groups)
-    replaced(gm, node, frozen, (node.all_input_nodes[0], weight, bias))
-
-
-FORMS: dict[str, Form] = {
-    "mlp": Form(serves_mlp, replace_mlp),
-    "activation": Form(_serves_binned, _replace_activation),
-    "mask": Form(_serves_masked, _replace_activation),
-    "dropout": Form(_serves_dropout, _replace_dropout),
-    "norm": Form(_serves_norm, _replace_norm),
-    "frozen_convolution": Form(_serves_frozen_convolution, _replace_frozen_convolution),
-    "attention_map": Form(serves_attention_map, replace_attention_map),
-    "attention": Form(serves_attention, replace_attention),
-    "batch_norm": Form(serves_batch_norm, replace_batch_norm),
-    "max_pool": Form(serves_max_pool, replace_max_pool),
-    "input": Form(serves_input, replace_input),
-}
-"""Form -> which nodes it serves and how; the first that serves a node is taken."""
-
-
-def _side_blocks(gm: fx.GraphModule) -> list[tuple[fx.Node, ...]]:
-    """The runs of nodes that the blocks of the side branch are made of."""
-    runs: dict[str, list[fx.Node]] = {}
-    for node in gm.graph.nodes:
-        for path, kind in module_stack(node):
-            if kind is LiteSideBlock:
-                runs.setdefault(path, []).append(node)
-    return [tuple(nodes) for nodes in runs.values() if len(nodes) > 1]

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import fx
 
-from s2a_fx.nn.recompute import Ghost
+from s2a_fx.nn.ghost import Ghost
 
 
 def lifted(

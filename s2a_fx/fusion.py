@@ -105,7 +105,7 @@ class _Like:
 
 
 def _remembering_shapes(lines: Callable[..., Any]) -> Callable[..., Any]:
-    """What `lines` return on fake tensors, run once for each set of arguments alike: a third of a report's time."""
+    """What `lines` return on fake tensors, run once for each set of arguments alike: a graph has many."""
     known: dict[Any, Any] = {}
 
     @functools.wraps(lines)

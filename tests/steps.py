@@ -25,6 +25,33 @@ def worst_cosine(actual: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]
     return min((cosine(actual[n], exact[n]), n) for n in exact if exact[n].norm() > 1e-6 * largest)
 
 
+def assert_near(model: nn.Module, reference: nn.Module, x: torch.Tensor, least: float = 0.999) -> None:
+    """The forward to the last bit, and every gradient's cosine above `least`."""
+    y, exact = step(reference, x)
+    output, actual = step(model, x)
+    assert torch.equal(output, y)
+    assert worst_cosine(actual, exact) > (least,)
+
+
+def assert_same(model: nn.Module, reference: nn.Module, x: torch.Tensor) -> None:
+    """Forward and gradients to the last bit."""
+    (output, actual), (y, exact) = step(model, x), step(reference, x)
+    assert torch.equal(output, y)
+    assert actual.keys() == exact.keys()
+    assert all(torch.equal(actual[n], exact[n]) for n in exact)
+
+
+class Twice(nn.Module):
+    """A module called twice in one forward."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x) + self.inner(2 * x)
+
+
 def ten_steps(model: nn.Module, x: torch.Tensor, lr: float = 1e-2) -> list[float]:
     """The losses of ten steps of AdamW over what trains."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)

@@ -42,7 +42,7 @@ def _imports(path: Path) -> set[str]:
 def test_imports_go_one_way():
     for index, name in enumerate(ORDER):
         place = next(p for p in (ROOT / name, ROOT / "s2a_fx" / name, ROOT / "s2a_fx" / f"{name}.py") if p.exists())
-        files = [place] if place.is_file() else list(place.glob("*.py"))
+        files = [place] if place.is_file() else list(place.rglob("*.py"))
         allowed = {*ORDER[: index + 1]}
         for file in files:
             assert _imports(file) <= allowed, f"{file.relative_to(ROOT)} imports {_imports(file) - allowed}"

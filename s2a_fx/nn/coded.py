@@ -7,15 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from s2a_fx.nn.recompute import needs_grad
 from s2a_fx.ops import activation
 from s2a_fx.ops.dropout import dropout
 from s2a_fx.ops.frozen_convolution import frozen_convolution
 from s2a_fx.ops.layer_norm import layer_norm
 from s2a_fx.ops.normalize import normalized
-
-
-def _needs_grad(*tensors: torch.Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 class CodedActivation(nn.Module):
@@ -26,7 +23,7 @@ class CodedActivation(nn.Module):
         self.name, self.bits = name, bits
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return activation.binned(x, self.name, self.bits)[0] if _needs_grad(x) else activation.BINNED[self.name](x)
+        return activation.binned(x, self.name, self.bits)[0] if needs_grad(x) else activation.BINNED[self.name](x)
 
     def extra_repr(self) -> str:
         return f"{self.name}, bits={self.bits}"
@@ -40,7 +37,7 @@ class MaskedActivation(nn.Module):
         self.name, self.options = name, options
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if _needs_grad(x):
+        if needs_grad(x):
             return activation.masked(x, self.name, list(self.options))[0]
         return activation.masked_rule(self.name, list(self.options)).function(x)
 
@@ -56,7 +53,7 @@ class CodedDropout(nn.Module):
         self.p = p
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.training and self.p > 0 and _needs_grad(x):
+        if self.training and self.p > 0 and needs_grad(x):
             return dropout(x, self.p)[0]
         return F.dropout(x, self.p, self.training)
 
@@ -72,7 +69,7 @@ class CodedLayerNorm(nn.Module):
         self.eps, self.centered, self.bits = eps, centered, bits
 
     def forward(self, x: torch.Tensor, weight: torch.Tensor | None = None, bias: torch.Tensor | None = None) -> torch.Tensor:
-        if _needs_grad(x, weight, bias):
+        if needs_grad(x, weight, bias):
             return layer_norm(x, weight, bias, self.eps, self.centered, self.bits)[0]
         return normalized(x, weight, bias, self.eps, self.centered)[0]
 

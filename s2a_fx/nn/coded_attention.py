@@ -8,11 +8,9 @@ from torch import nn
 
 from s2a_fx.codecs.powers import Powers
 from s2a_fx.codecs.rows import Rows
-from s2a_fx.nn.recompute import parts, refuse_second_derivative
+from s2a_fx.nn.coded_input import GROUP, of_images
+from s2a_fx.nn.recompute import needs_grad, parts, refuse_second_derivative
 from s2a_fx.ops import flat
-
-GROUP = 64
-"""Neighbours of q, k and v that share a range."""
 
 
 class CodedAttention(nn.Module):
@@ -39,7 +37,7 @@ class CodedAttention(nn.Module):
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):
+        if needs_grad(query, key, value):
             return _CodedAttention.apply(self, query, key, value, mask)  # type: ignore[no-any-return]
         return F.scaled_dot_product_attention(query, key, value, mask, 0.0, self.is_causal, scale=self.scale)
 
@@ -83,13 +81,14 @@ class _CodedAttention(torch.autograd.Function):
         gradients = [torch.empty(shape, dtype=ctx.dtype, device=grad.device) for shape in ctx.shapes]
         for start, part in parts(grad, module.images):
             place = slice(start, start + part.shape[0])
+            here = (start, part.shape[0])
             query, key, value = (
                 flat.restore(
-                    module.codec.decode(_rows_of(saved[i : i + 2], place, batch)), torch.Size((part.shape[0], *shape[1:])), False
+                    module.codec.decode(of_images(saved[i : i + 2], here, batch)), torch.Size((part.shape[0], *shape[1:])), False
                 )
                 for i, shape in zip((0, 2, 4), ctx.shapes, strict=True)
             )
-            y = module.map_codec.decode(_rows_of(saved[6:], place, batch), tokens).view(*query.shape[:-1], tokens)
+            y = module.map_codec.decode(of_images(saved[6:], here, batch), tokens).view(*query.shape[:-1], tokens)
             y /= y.sum(-1, keepdim=True).clamp_min(1e-12)  # they add up to 1: a constant in the values then does not count
             part = part.float()
             gradients[2][place] = y.mT @ part
@@ -117,11 +116,3 @@ def _scores(module: CodedAttention, query: torch.Tensor, key: torch.Tensor, mask
 def _of_part(mask: torch.Tensor | None, start: int, count: int, batch: int) -> torch.Tensor | None:
     of_each_image = mask is not None and mask.ndim == 4 and mask.shape[0] == batch
     return mask[start : start + count] if mask is not None and of_each_image else mask
-
-
-def _rows_of(coded: tuple[torch.Tensor, ...], place: slice, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
-    if place == slice(0, batch):
-        return coded[0], coded[1]
-    each = coded[0].shape[0] // batch
-    rows = slice(place.start * each, place.stop * each)
-    return coded[0][rows], coded[1][rows]

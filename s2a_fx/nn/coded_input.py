@@ -8,42 +8,27 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import fx, nn
+from torch import fx
 
 from s2a_fx.codecs.rows import Coded, Rows
-from s2a_fx.nn.recompute import (
-    Replay,
-    autocast_state,
-    detached,
-    entered,
-    parts,
-    refuse_second_derivative,
-    state_before,
-    unless_unchanged,
-)
+from s2a_fx.nn.recompute import Circumstances, Recomputed, detached, needs_grad, parts, refuse_second_derivative
 from s2a_fx.ops import flat
 
 GROUP = 64
 """Neighbours that share a range."""
 
 
-class CodedInput(nn.Module):
+class CodedInput(Recomputed):
     """`body(*activations, *operands)`, recomputed in the backward from `bits` an element of the activations.
 
     Args:
-        body: from the activations and what else it reads, to the output.
-        backward_body: the same, its last layer a `Ghost` where its values are not needed.
+        body, backward_body: from the activations and what else it reads, to the output; see `Recomputed`.
         activations: how many of the arguments are coded; the others are parameters and what is made of them.
         bits: of the codes, 1 to 8.
         centered: which of the activations are coded less their mean over the last dimension but one. Keys and values may be: the
             gradients of an attention do not change when a constant is added to all its keys, or to all its values.
         images: how many of the first dimension the backward recomputes at a time; 0 for all. Each must be a function of its own.
-
-    The modules that the bodies call stay registered where they are in the model: this module refers to them, and owns none.
     """
-
-    body: fx.GraphModule
-    backward_body: fx.GraphModule
 
     def __init__(
         self,
@@ -54,17 +39,15 @@ class CodedInput(nn.Module):
         centered: tuple[int, ...] = (),
         images: int = 0,
     ) -> None:
-        super().__init__()
-        self.__dict__["body"] = body
-        self.__dict__["backward_body"] = backward_body
+        super().__init__(body, backward_body)
         self.activations = activations
         self.codec = Rows(bits)
         self.centered = centered
         self.images = images
 
     def forward(self, *arguments: Any) -> torch.Tensor:
-        trained = [p for p in self.body.parameters() if p.requires_grad]
-        if not torch.is_grad_enabled() or not any(isinstance(t, torch.Tensor) and t.requires_grad for t in (*arguments, *trained)):
+        trained = self.trained()
+        if not needs_grad(*arguments, *trained):
             return self.body(*arguments)  # type: ignore[no-any-return]
         return _CodedInput.apply(self, len(arguments), *arguments, *trained)  # type: ignore[no-any-return]
 
@@ -84,17 +67,15 @@ class _CodedInput(torch.autograd.Function):
     def forward(ctx: Any, module: CodedInput, count: int, *tensors: Any) -> torch.Tensor:
         arguments, trained = tensors[:count], tensors[count:]
         ctx.module, ctx.count, ctx.trained = module, count, trained
-        device = arguments[0].device
-        ctx.autocast = autocast_state(device.type)
         codes: list[torch.Tensor] = []
         ctx.layouts = []
         for index, x in enumerate(arguments[: module.activations]):
             coded = torch.sub(x, x.mean(-2, keepdim=True), out=x.new_empty(x.shape)) if index in module.centered else x
             codes += module.codec.encode(flat.rows(coded, GROUP))
             ctx.layouts.append(_Layout(x.shape, x.dtype, flat.is_channels_last(coded), x.requires_grad))
-        before = state_before(arguments[0])
+        ctx.circumstances = Circumstances(arguments[0])
         out = module.body(*arguments)
-        ctx.random_state = unless_unchanged(before, device)
+        ctx.circumstances.drawn()
         operands = arguments[module.activations :]
         ctx.saved_names = ("codes", "ranges") * module.activations + ("operand",)
         ctx.save_for_backward(*codes, *(t for t in operands if isinstance(t, torch.Tensor)))
@@ -111,13 +92,13 @@ class _CodedInput(torch.autograd.Function):
         trained = [p for p in ctx.trained if p.requires_grad]
         wide = sum(layout.needs_grad for layout in ctx.layouts)
         total: list[torch.Tensor | None] | None = None
-        with Replay(ctx.random_state, grad.device):
+        with ctx.circumstances.replayed():
             for start, part in parts(grad, _images(module.images, ctx.layouts, grad)):
                 place = (start, part.shape[0])
                 inputs = [_decoded(module.codec, *each, place) for each in zip(codes, ctx.layouts, strict=True)]
                 leaves = [t for t in inputs if t.requires_grad]
                 others = [t for t in operands if isinstance(t, torch.Tensor) and t.requires_grad]
-                with torch.enable_grad(), entered(ctx.autocast, grad.device.type):
+                with torch.enable_grad(), ctx.circumstances.autocast():
                     result = module.backward_body(*inputs, *operands)
                 found = torch.autograd.grad(result, (*leaves, *others, *trained), part, allow_unused=True)
                 del result, inputs, leaves
@@ -140,14 +121,21 @@ def _images(images: int, layouts: Sequence[_Layout], grad: torch.Tensor) -> int:
 
 def _decoded(codec: Rows, coded: Coded, layout: _Layout, place: tuple[int, int]) -> torch.Tensor:
     """The activation at a place, (first image, number of images)."""
-    start, images = place
-    batch = layout.shape[0]
-    if images < batch:
-        each = coded[0].shape[0] // batch
-        coded = (coded[0][start * each : (start + images) * each], coded[1][start * each : (start + images) * each])
+    images, batch = place[1], layout.shape[0]
+    coded = of_images(coded, place, batch)
     shape = torch.Size((images, *layout.shape[1:])) if images < batch else layout.shape
     values = flat.restore(codec.decode(coded), shape, layout.channels_last).to(layout.dtype)
     return values.detach().requires_grad_(layout.needs_grad)
+
+
+def of_images(coded: tuple[torch.Tensor, ...], place: tuple[int, int], batch: int) -> Coded:
+    """The rows of codes and ranges that are those of the images at a place; each of `batch` images has as many."""
+    start, images = place
+    if images == batch:  # a last row may be of several images
+        return coded[0], coded[1]
+    each = coded[0].shape[0] // batch
+    rows = slice(start * each, (start + images) * each)
+    return coded[0][rows], coded[1][rows]
 
 
 def _with_part(

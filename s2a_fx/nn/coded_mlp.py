@@ -12,11 +12,8 @@ from torch import nn
 
 from s2a_fx.codecs.bins import best_bins, encode_bins, scale_by_bins
 from s2a_fx.codecs.packing import packed_width
-from s2a_fx.nn.recompute import parts, refuse_second_derivative
+from s2a_fx.nn.recompute import needs_grad, of_each_part, parts, refuse_second_derivative
 from s2a_fx.ops.activation import BINNED
-
-_PART_BYTES = 24 * 10**6
-"""What the wide tensor of a part may take: smaller parts cost time, larger ones stand in the peak."""
 
 
 class CodedMLP(nn.Module):
@@ -39,7 +36,7 @@ class CodedMLP(nn.Module):
         bias_2: torch.Tensor | None,
     ) -> torch.Tensor:
         frozen = not weight_1.requires_grad and not weight_2.requires_grad
-        if frozen and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias_1)):
+        if frozen and needs_grad(x, bias_1):
             return _CodedMLP.apply(x, weight_1, bias_1, weight_2, bias_2, self.name, self.bits)  # type: ignore[no-any-return]
         return F.linear(BINNED[self.name](F.linear(x, weight_1, bias_1)), weight_2, bias_2)
 
@@ -64,7 +61,7 @@ class _CodedMLP(torch.autograd.Function):
         x_rows = x.reshape(-1, x.shape[-1])
         codes = torch.empty(x_rows.shape[0], packed_width(wide, bits), dtype=torch.uint8, device=x.device)
         out = None
-        for start, part in parts(x_rows, _rows_of_a_part(wide, x.element_size())):
+        for start, part in parts(x_rows, of_each_part(wide * x.element_size())):
             u = F.linear(part, weight_1, bias_1)
             codes[start : start + part.shape[0]] = encode_bins(u, list(ctx.bins.boundaries), bits)
             u = BINNED[name](u)
@@ -100,7 +97,7 @@ def _gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch
     precision = torch.promote_types(grad.dtype, torch.float32)
     of_x = grad.new_empty(grad.shape[0], weight_1.shape[1]) if asked[0] else None
     of_1 = grad.new_zeros(weight_1.shape[0], dtype=precision) if asked[1] else None
-    for start, part in parts(grad, _rows_of_a_part(weight_1.shape[0], grad.element_size())):
+    for start, part in parts(grad, of_each_part(weight_1.shape[0] * grad.element_size())):
         place = slice(start, start + part.shape[0])
         g = scale_by_bins(torch.mm(part, weight_2), codes[place], list(ctx.bins.levels), ctx.bits)
         if of_1 is not None:
@@ -109,7 +106,3 @@ def _gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch
             torch.mm(g, weight_1, out=of_x[place])
         del g
     return of_x, of_1, grad.sum(0) if asked[2] else None
-
-
-def _rows_of_a_part(wide: int, size: int) -> int:
-    return max(1, _PART_BYTES // (wide * size))

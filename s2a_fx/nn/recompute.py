@@ -1,61 +1,87 @@
-"""What modules that recompute in their backward share: the state of the forward, entered again, and layers without a forward."""
+"""What modules that compute a part of the model again in their backward share."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-import timm.layers
 import torch
-from torch import nn
+from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-State = Sequence[torch.Tensor]
+PART_BYTES = 24 * 10**6
+"""What the wide tensors of a part may take: smaller parts cost time, larger ones stand in the peak."""
 
 
-def autocast_state(device: str) -> tuple[bool, torch.dtype]:
-    """Whether autocast is on for a device type, and its dtype."""
-    return torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+class Recomputed(nn.Module):
+    """Base of the modules that stand for a part of the model and run it again in the backward.
+
+    Args:
+        body: the part, from all arguments to its output.
+        backward_body: the same, its last layer a `Ghost` where its values are not needed.
+
+    The modules that the bodies call stay registered where they are in the model, under their one name in the state dict: this
+    module refers to them, and owns none.
+    """
+
+    body: fx.GraphModule
+    backward_body: fx.GraphModule
+
+    def __init__(self, body: fx.GraphModule, backward_body: fx.GraphModule) -> None:
+        super().__init__()
+        self.__dict__.update(body=body, backward_body=backward_body)
+
+    def trained(self) -> list[nn.Parameter]:
+        """The part's parameters that train."""
+        return [p for p in self.body.parameters() if p.requires_grad]
 
 
-def entered(state: tuple[bool, torch.dtype], device: str) -> AbstractContextManager[Any]:
-    """The context that `autocast_state` was taken in."""
-    return torch.autocast(device, enabled=state[0], dtype=state[1])
+def needs_grad(*values: Any) -> bool:
+    """Whether a gradient is asked for of any of the values that is a tensor."""
+    return torch.is_grad_enabled() and any(isinstance(v, torch.Tensor) and v.requires_grad for v in values)
 
 
-def random_state(device: torch.device) -> State:
+class Circumstances:
+    """What a forward on `x` ran in, to run it again: autocast, and the random numbers that it drew.
+
+    Made before the forward; `drawn` after it forgets the generators' states if nothing was drawn. Fake tensors draw nothing.
+    """
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self.device = x.device
+        self._autocast = torch.is_autocast_enabled(x.device.type), torch.get_autocast_dtype(x.device.type)
+        self._states = None if isinstance(x, FakeTensor) else _random_states(x.device)
+
+    def drawn(self) -> None:
+        """Say that the forward is over."""
+        if self._states is not None and all(map(torch.equal, self._states, _random_states(self.device))):
+            self._states = None
+
+    @contextmanager
+    def replayed(self) -> Iterator[None]:
+        """Inside, what was drawn is drawn again; the generators are left as they were."""
+        if self._states is None:
+            yield
+            return
+        present = _random_states(self.device)
+        _set_random_states(self._states, self.device)
+        try:
+            yield
+        finally:
+            _set_random_states(present, self.device)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Autocast as it was."""
+        enabled, dtype = self._autocast
+        return torch.autocast(self.device.type, enabled=enabled, dtype=dtype)
+
+
+def _random_states(device: torch.device) -> list[torch.Tensor]:
     """The states of the generators that code on `device` draws from."""
     states = [torch.get_rng_state()]
     return states if device.type != "cuda" else [*states, torch.cuda.get_rng_state(device)]
 
 
-def state_before(x: torch.Tensor) -> State:
-    """The generators' states before a forward on `x`; none for fake tensors, which draw nothing."""
-    return [] if isinstance(x, FakeTensor) else random_state(x.device)
-
-
-def unless_unchanged(states: State, device: torch.device) -> State | None:
-    """The states, if anything was drawn since they were taken."""
-    present = random_state(device) if states else []
-    return None if all(torch.equal(a, b) for a, b in zip(states, present, strict=True)) else states
-
-
-class Replay(AbstractContextManager[None]):
-    """Draw again what was drawn after `states` were taken, and leave the generators as they were; None: nothing was drawn."""
-
-    def __init__(self, states: State | None, device: torch.device) -> None:
-        self.states, self.device = states, device
-
-    def __enter__(self) -> None:
-        if self.states is not None:
-            self.present = random_state(self.device)
-            _set_random_state(self.states, self.device)
-
-    def __exit__(self, *error: Any) -> None:
-        if self.states is not None:
-            _set_random_state(self.present, self.device)
-
-
-def _set_random_state(states: State, device: torch.device) -> None:
+def _set_random_states(states: list[torch.Tensor], device: torch.device) -> None:
     torch.set_rng_state(states[0])
     if device.type == "cuda":
         torch.cuda.set_rng_state(states[1], device)
@@ -84,6 +110,11 @@ def parts(x: torch.Tensor, images: int) -> list[tuple[int, torch.Tensor]]:
     return [(start, x[start : start + size]) for start in starts]
 
 
+def of_each_part(nbytes: int) -> int:
+    """How many go together, each of which needs so many bytes: at least one, as many as `PART_BYTES` hold."""
+    return max(1, PART_BYTES // max(nbytes, 1))
+
+
 def refuse_second_derivative() -> None:
     """Raise in a backward that is itself to be differentiated: what it reads are codes."""
     if torch.is_grad_enabled():
@@ -95,74 +126,3 @@ def refuse_second_derivative() -> None:
 def detached(value: Any) -> Any:
     """A tensor as a leaf of its own, its need of a gradient kept; anything else as it is."""
     return value.detach().requires_grad_(value.requires_grad) if isinstance(value, torch.Tensor) else value
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether anything is to happen when the module runs, forward or backward."""
-    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
-
-
-def can_be_ghost(module: nn.Module | None) -> bool:
-    """Whether a module is a plain linear layer or convolution, without hooks: what `Ghost` knows the backward of."""
-    if module is None or has_hooks(module) or hasattr(module, "parametrizations"):
-        return False
-    if type(module) in (nn.Linear, timm.layers.Linear):
-        return True
-    plain = type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    return plain and module.padding_mode == "zeros" and not isinstance(module.padding, str)
-
-
-class Ghost(nn.Module):
-    """A linear layer or convolution whose output's values nobody reads: its forward computes none, its backward is the layer's."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.__dict__["layer"] = layer  # not registered: it keeps its one name in the state dict
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        layer: Any = self.__dict__["layer"]
-        if isinstance(layer, nn.Linear):
-            return _GhostLinear.apply(x, layer.weight, layer.bias)  # type: ignore[no-any-return]
-        options = (layer.stride, layer.padding, layer.dilation, layer.groups)
-        return _GhostConvolution.apply(x, layer.weight, layer.bias, *options)  # type: ignore[no-any-return]
-
-
-class _GhostLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        ctx.save_for_backward(x if weight.requires_grad else None, weight)
-        ctx.dtype = x.dtype
-        return x.new_empty(1).expand(*x.shape[:-1], weight.shape[0])
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        x, weight = ctx.saved_tensors
-        rows = grad.flatten(0, -2)
-        grad_weight = None if x is None else (rows.mT @ x.flatten(0, -2).to(grad.dtype)).to(weight.dtype)
-        grad_bias = rows.sum(0).to(weight.dtype) if ctx.needs_input_grad[2] else None
-        grad_x = (grad @ weight.to(grad.dtype)).to(ctx.dtype) if ctx.needs_input_grad[0] else None
-        return grad_x, grad_weight, grad_bias
-
-
-class _GhostConvolution(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *options: Any) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.options = options
-        ctx.bias_sizes = None if bias is None else [weight.shape[0]]
-        sizes = [
-            (size + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
-            for size, stride, pad, dilation, kernel in zip(x.shape[2:], *options[:3], weight.shape[2:], strict=True)
-        ]
-        return x.new_empty(1).expand(x.shape[0], weight.shape[0], *sizes)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        x, weight = ctx.saved_tensors
-        stride, padding, dilation, groups = ctx.options
-        gradients = torch.ops.aten.convolution_backward(
-            grad, x.to(grad.dtype), weight.to(grad.dtype), ctx.bias_sizes, stride, padding, dilation, False,
-            [0] * len(stride), groups, list(ctx.needs_input_grad[:3]),
-        )  # fmt: skip
-        kinds = (x.dtype, weight.dtype, weight.dtype)
-        return *(None if g is None else g.to(kind) for g, kind in zip(gradients, kinds, strict=True)), None, None, None, None

@@ -11,19 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 
 from s2a_fx.codecs.rows import Rows
-from s2a_fx.nn.recompute import (
-    Replay,
-    autocast_state,
-    detached,
-    entered,
-    parts,
-    refuse_second_derivative,
-    state_before,
-    unless_unchanged,
-)
+from s2a_fx.nn.recompute import Circumstances, Recomputed, detached, needs_grad, parts, refuse_second_derivative
 from s2a_fx.ops.normalize import channel_means, normalize_backward, normalize_decode, normalize_encode, normalized
 
 
@@ -41,36 +32,26 @@ class Norm:
         return normalized(x, weight, bias, self.eps, self.centered)
 
 
-class RecomputedBranch(nn.Module):
+class RecomputedBranch(Recomputed):
     """`body(norm(x), *operands)`, recomputed in the backward from `bits` an element of the normalized input.
 
     Args:
         norm: the normalization.
-        body: from the normalized input and the operands to the branch's output.
-        backward_body: the same with its last linear layer a `Ghost`; `body` again where there is none to spare.
+        body, backward_body: from the normalized input and the operands to the branch's output; see `Recomputed`.
         bits: of the codes, 1 to 8.
         group: how many neighbours in a row share a range; divides the width.
         images: how many images run at a time; 0 for all at once.
-
-    The modules that the bodies call stay registered where they are in the model: this module refers to them, and owns none.
     """
 
-    body: fx.GraphModule
-    backward_body: fx.GraphModule
-
     def __init__(self, norm: Norm, body: fx.GraphModule, backward_body: fx.GraphModule, bits: int, group: int, images: int) -> None:
-        super().__init__()
+        super().__init__(body, backward_body)
         self.norm = norm
-        self.__dict__["body"] = body  # not registered: its modules keep their one name in the state dict
-        self.__dict__["backward_body"] = backward_body
         self.codec = Rows(bits)
         self.group, self.images = group, images
 
     def forward(self, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, *operands: Any) -> torch.Tensor:
-        trained = [p for p in self.body.parameters() if p.requires_grad]
-        if not torch.is_grad_enabled() or not any(
-            isinstance(t, torch.Tensor) and t.requires_grad for t in (x, weight, bias, *operands, *trained)
-        ):
+        trained = self.trained()
+        if not needs_grad(x, weight, bias, *operands, *trained):
             return self.body(self.norm(x, weight, bias)[0], *operands)  # type: ignore[no-any-return]
         return _RecomputedBranch.apply(self, len(operands), x, weight, bias, *operands, *trained)  # type: ignore[no-any-return]
 
@@ -84,8 +65,7 @@ class _RecomputedBranch(torch.autograd.Function):
         weight, bias, *operands = tensors[: 2 + count]
         ctx.branch, ctx.shape, ctx.dtype = branch, x.shape, x.dtype
         ctx.trained = tensors[2 + count :]
-        ctx.autocast = autocast_state(x.device.type)
-        before = state_before(x)
+        ctx.circumstances = Circumstances(x)
         out, shift, codes = None, None, None
         rows_each = x.shape[1:-1].numel()
         for start, part in parts(x, branch.images):
@@ -107,7 +87,7 @@ class _RecomputedBranch(torch.autograd.Function):
             for whole, piece in zip(codes, coded, strict=True):
                 whole[start * rows_each : start * rows_each + piece.shape[0]] = piece
             del result, coded, rows
-        ctx.random_state = unless_unchanged(before, x.device)
+        ctx.circumstances.drawn()
         assert out is not None and codes is not None
         present = [name for name, t in (("weight", weight), ("bias", bias)) if t is not None]
         ctx.saved_names = ("codes", "ranges", "rstd", "shift", *present, "operand")
@@ -133,12 +113,12 @@ class _RecomputedBranch(torch.autograd.Function):
         grad_x = torch.empty(ctx.shape, dtype=ctx.dtype, device=grad.device) if ctx.needs_input_grad[2] else None
         norm_totals: list[torch.Tensor | None] = [None, None]
         rows_each = ctx.shape[1:-1].numel()
-        with Replay(ctx.random_state, grad.device):
+        with ctx.circumstances.replayed():
             for start, part in parts(grad, branch.images):
                 rows = slice(start * rows_each, (start + part.shape[0]) * rows_each)
                 y = normalize_decode(packed[rows], ranges[rows], shift, scale, added, bits, ctx.normalized_dtype)
                 y = y.view(part.shape[0], *ctx.shape[1:]).requires_grad_()
-                with torch.enable_grad(), entered(ctx.autocast, grad.device.type):
+                with torch.enable_grad(), ctx.circumstances.autocast():
                     result = branch.backward_body(y, *operands)
                 grad_y, *grads = torch.autograd.grad(result, (y, *leaves), part, allow_unused=True)
                 del result

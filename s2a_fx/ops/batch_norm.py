@@ -17,6 +17,7 @@ from s2a_fx.ops import flat
 
 _WIDTH = 64  # elements that share a range: neighbours in memory
 
+Running = tuple[torch.Tensor | None, torch.Tensor | None]
 Keep = tuple[torch.Tensor, torch.Tensor]
 Statistics = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -32,7 +33,7 @@ def batch_norm_kernel(
     bits: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """y; codes and ranges of x; mean and 1 / sigma; the running mean and variance after this batch, empty where there are none."""
-    y, statistics = _normalized(x, weight, bias, running_mean, running_var, momentum, eps)
+    y, statistics = _normalized(x, weight, bias, (running_mean, running_var), momentum, eps)
     return y, *_coded(x, bits), *statistics
 
 
@@ -50,16 +51,10 @@ def frozen_batch_norm_kernel(
 
 
 def _normalized(
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    running_mean: torch.Tensor | None,
-    running_var: torch.Tensor | None,
-    momentum: float,
-    eps: float,
+    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, running: Running, momentum: float, eps: float
 ) -> tuple[torch.Tensor, Statistics]:
     """What `F.batch_norm` computes, by the kernel that it picks (cuDNN's has bits of its own), and the statistics."""
-    new_mean, new_var = (None if t is None else t.clone() for t in (running_mean, running_var))
+    new_mean, new_var = (None if t is None else t.clone() for t in running)
     cudnn = torch.backends.cudnn.enabled
     y, mean, invstd, *_ = torch._batch_norm_impl_index(x, weight, bias, new_mean, new_var, True, momentum, eps, cudnn)
     none = mean.new_empty(0)
@@ -82,7 +77,7 @@ frozen_batch_norm = torch.library.custom_op("s2a_fx::frozen_batch_norm", frozen_
 
 @batch_norm.register_fake
 def _(x, weight, bias, running_mean, running_var, momentum, eps, bits):  # type: ignore[no-untyped-def]
-    y, statistics = _normalized(x, weight, bias, running_mean, running_var, momentum, eps)
+    y, statistics = _normalized(x, weight, bias, (running_mean, running_var), momentum, eps)
     return y, *_keep(x, bits), *statistics
 
 

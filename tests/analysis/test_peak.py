@@ -12,8 +12,8 @@ from s2a_fx.analysis import simulation
 from s2a_fx.analysis.measure import measure_peak_bytes
 from s2a_fx.analysis.peak import peak, timeline
 from s2a_fx.analysis.simulation import simulate
-from s2a_fx.nn import coded_mlp
-from s2a_fx.passes import CompressActivations, FreezeWeights, RecomputeBranches, forms_of_attention
+from s2a_fx.nn import recompute
+from s2a_fx.passes import CompressActivations, FreezeWeights, RecomputeBranches
 
 
 @pytest.mark.parametrize("recipe", ["full", "bias", "s2a-paper", "s2a", "s2a-max"])
@@ -28,8 +28,7 @@ def test_predicted_peak_is_within_two_percent_of_the_allocator_s(family, recipe)
 def test_of_many_parts_a_few_tell_the_peak(vit, plan, monkeypatch):
     model, x = vit
     x = torch.cat([x] * 4)
-    monkeypatch.setattr(coded_mlp, "_PART_BYTES", 20_000)
-    monkeypatch.setattr(forms_of_attention, "_PART_BYTES", 1)
+    monkeypatch.setattr(recompute, "PART_BYTES", 20_000)
     branches = () if plan == "map" else (RecomputeBranches(kinds=("mlp",), part_mb=1),)
     gm = s2a_fx.transform(model, x, (FreezeWeights(), *branches, CompressActivations(attention_plan=plan, smallest=1)))
     some = peak(timeline(gm, simulate(gm)))

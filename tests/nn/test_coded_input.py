@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from saved_bytes import Kept, cosine
 from small_models import small_model
-from steps import layers, step, worst_cosine
+from steps import Twice, assert_near, assert_same, layers, step, worst_cosine
 from torch import nn
 
 import s2a_fx
@@ -93,18 +93,12 @@ def drawing(case):
 @pytest.mark.parametrize("family", ["vit", "convnext"])
 def test_forward_is_equal_and_gradients_are_near_at_8_bits(family):
     model, x = small_model(family)
-    y, exact = step(model, x)
-    output, actual = step(coded(model, x), x)
-    assert torch.equal(output, y)
-    assert worst_cosine(actual, exact) > (0.999,)
+    assert_near(coded(model, x), model, x)
 
 
 def test_any_operator():
     model, x = network()
-    y, exact = step(model, x)
-    output, actual = step(coded(model, x), x)
-    assert torch.equal(output, y)
-    assert worst_cosine(actual, exact) > (0.999,)
+    assert_near(coded(model, x), model, x)
 
 
 def test_gradients_get_nearer_with_every_bit():
@@ -129,10 +123,7 @@ def test_bytes_kept_are_the_codec_s(bits):
 @pytest.mark.parametrize("case", DRAWING)
 def test_what_is_drawn_inside_is_drawn_again(case):
     model, x = drawing(case)
-    y, exact = step(model, x)
-    output, actual = step(coded(model, x), x)
-    assert torch.equal(output, y)
-    assert worst_cosine(actual, exact) > (0.999,)
+    assert_near(coded(model, x), model, x)
 
 
 @pytest.mark.parametrize(("rate", "fused"), [("attn_drop_rate", True), ("attn_drop_rate", False), ("drop_path_rate", True)])
@@ -140,10 +131,7 @@ def test_timm_s_own_dropout_is_drawn_again(rate, fused):
     model, x = small_model("vit", **{rate: 0.5})
     for block in model.blocks:
         block.attn.fused_attn = fused
-    y, exact = step(model, x)
-    output, actual = step(coded(model, x), x)
-    assert torch.equal(output, y)
-    assert worst_cosine(actual, exact) > (0.999,)
+    assert_near(coded(model, x), model, x)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
@@ -151,10 +139,8 @@ def test_copies_compute_the_same_and_share_nothing(copied):
     model, x = network()
     gm = coded(model, x)
     other = copied(gm)
+    assert_same(other, gm, x)
     output, grads = step(gm, x)
-    again, other_grads = step(other, x)
-    assert torch.equal(again, output)
-    assert all(torch.equal(other_grads[n], grads[n]) for n in grads)
     with torch.no_grad():
         for p in other.parameters():
             p.add_(0.1)
@@ -253,18 +239,7 @@ def test_called_twice_in_one_forward():
     model, x = drawing("nn.AlphaDropout")
     gm = coded(model, x)
 
-    class Twice(nn.Module):
-        def __init__(self, inner):
-            super().__init__()
-            self.inner = inner
-
-        def forward(self, x):
-            return self.inner(x) + self.inner(2 * x)
-
-    y, exact = step(Twice(model), x)
-    output, actual = step(Twice(gm), x)
-    assert torch.equal(output, y)
-    assert worst_cosine(actual, exact) > (0.999,)
+    assert_near(Twice(gm), Twice(model), x)
 
 
 def test_a_batch_norm_s_statistics_move_once():

@@ -7,12 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from saved_bytes import Kept, cosine
-from steps import layers, step, worst_cosine
+from steps import assert_near, assert_same, layers, step, worst_cosine
 from torch import nn
 
 import s2a_fx
 from s2a_fx.codecs.bins import best_bins
-from s2a_fx.nn import coded_mlp
+from s2a_fx.nn import recompute
 from s2a_fx.nn.coded_mlp import CodedMLP
 from s2a_fx.ops.activation import BINNED
 from s2a_fx.passes import CompressActivations, FreezeWeights
@@ -33,7 +33,7 @@ def coded(model, x, bits=8, keep=("bias",)):
 @pytest.fixture(params=[None, 1, 32 * 8 * 7], ids=["whole", "a row at a time", "uneven parts"])
 def parts(request, monkeypatch):
     if request.param:
-        monkeypatch.setattr(coded_mlp, "_PART_BYTES", request.param)
+        monkeypatch.setattr(recompute, "PART_BYTES", request.param)
 
 
 @pytest.mark.parametrize("name", ["gelu", "gelu_tanh", "silu", "quick_gelu", "mish"])
@@ -98,10 +98,7 @@ def test_thawed_weights_train():
     model, x = mlp()
     gm = coded(model, x)
     gm.requires_grad_()
-    y, exact = step(model, x)
-    output, actual = step(gm, x)
-    assert torch.equal(output, y)
-    assert worst_cosine(actual, exact) > (0.99999,)
+    assert_near(gm, model, x, 0.99999)
 
 
 def test_without_gradients_it_is_the_plain_function():
@@ -145,10 +142,7 @@ def test_any_number_of_dimensions(shape, parts):
 def test_copies_compute_the_same(copied):
     model, x = mlp()
     gm = coded(model, x)
-    output, grads = step(gm, x)
-    again, others = step(copied(gm), x)
-    assert torch.equal(again, output)
-    assert all(torch.equal(others[n], grads[n]) for n in grads)
+    assert_same(copied(gm), gm, x)
 
 
 def test_names_in_the_state_dict_stay():
@@ -269,7 +263,4 @@ def test_what_does_not_fit_is_left_to_the_other_forms(model, keep):
     x = torch.randn(X)
     gm = coded(model, x, keep=keep)
     assert not layers(gm, "CodedMLP")
-    y, exact = step(s2a_fx.transform(model, x, (FreezeWeights(keep=keep),)), x)
-    output, actual = step(gm, x)
-    assert torch.equal(output, y)
-    assert worst_cosine(actual, exact) > (0.999,)
+    assert_near(gm, s2a_fx.transform(model, x, (FreezeWeights(keep=keep),)), x)

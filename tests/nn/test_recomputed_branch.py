@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from saved_bytes import Kept, cosine
 from small_models import small_model
-from steps import layers, step, worst_cosine
+from steps import Twice, assert_near, assert_same, layers, step, worst_cosine
 from torch import nn
 
 import s2a_fx
@@ -122,12 +122,9 @@ def in_parts(gm, images):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_forward_is_equal_and_gradients_are_near_at_8_bits(family):
     model, x = small_model(family)
-    y, exact = step(model, x)
     gm = recomputed(model, x)
     assert len(layers(gm, "RecomputedBranch")) == BRANCHES[family]
-    output, actual = step(gm, x)
-    assert torch.equal(output, y)
-    assert worst_cosine(actual, exact) > (0.999,)
+    assert_near(gm, model, x)
 
 
 def test_gradients_get_nearer_with_every_bit():
@@ -166,10 +163,7 @@ def test_an_empty_batch(images):
 @pytest.mark.parametrize("case", DRAWING)
 def test_what_is_drawn_inside_is_drawn_again(case):
     model, x = network(DRAWING[case]())
-    y, exact = step(model, x)
-    output, actual = step(recomputed(model, x), x)
-    assert torch.equal(output, y)
-    assert worst_cosine(actual, exact) > (0.999,)
+    assert_near(recomputed(model, x), model, x)
 
 
 @pytest.mark.parametrize(
@@ -179,10 +173,7 @@ def test_timm_s_own_dropout_is_drawn_again(rate, fused):
     model, x = small_model("vit", **{rate: 0.5})
     for block in model.blocks:
         block.attn.fused_attn = fused
-    y, exact = step(model, x)
-    output, actual = step(recomputed(model, x), x)
-    assert torch.equal(output, y)
-    assert worst_cosine(actual, exact) > (0.999,)
+    assert_near(recomputed(model, x), model, x)
 
 
 def test_the_generator_stands_where_the_plain_model_leaves_it():
@@ -218,10 +209,8 @@ def test_copies_compute_the_same_and_share_nothing(family, copied):
     model, x = small_model(family)
     gm = recomputed(model, x)
     other = copied(gm)
+    assert_same(other, gm, x)
     output, grads = step(gm, x)
-    again, other_grads = step(other, x)
-    assert torch.equal(again, output)
-    assert all(torch.equal(other_grads[n], grads[n]) for n in grads)
     with torch.no_grad():
         for p in other.parameters():
             p.add_(0.1)
@@ -250,10 +239,7 @@ def test_weights_replaced_by_a_state_dict_follow():
         for p in other.parameters():
             p.mul_(1.5)
     gm.load_state_dict(other.state_dict(), assign=True)
-    y, exact = step(other, x)
-    output, actual = step(gm, x)
-    assert torch.equal(output, y)
-    assert worst_cosine(actual, exact) > (0.999,)
+    assert_near(gm, other, x)
 
 
 def test_backward_twice():
@@ -352,18 +338,7 @@ def test_called_twice_in_one_forward():
     model, x = network(Drops())
     gm = recomputed(model, x)
 
-    class Twice(nn.Module):
-        def __init__(self, inner):
-            super().__init__()
-            self.inner = inner
-
-        def forward(self, x):
-            return self.inner(x) + self.inner(2 * x)
-
-    y, exact = step(Twice(model), x)
-    output, actual = step(Twice(gm), x)
-    assert torch.equal(output, y)
-    assert worst_cosine(actual, exact) > (0.999,)
+    assert_near(Twice(gm), Twice(model), x)
 
 
 def test_one_layer_in_two_branches():
@@ -377,10 +352,7 @@ def test_frozen_layers_get_no_gradient():
     model, x = network(Mlp())
     model[1].body.a.requires_grad_(False)
     model[1].norm.weight.requires_grad_(False)
-    y, exact = step(model, x)
-    output, actual = step(recomputed(model, x), x)
-    assert torch.equal(output, y)
-    assert worst_cosine(actual, exact) > (0.999,)
+    assert_near(recomputed(model, x), model, x)
 
 
 def test_another_batch_and_another_number_of_tokens():

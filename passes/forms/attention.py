@@ -1,4 +1,4 @@
-"""How `CompressActivations` finds and replaces fused attention.
+"""Fused attention.
 
     before  scaled_dot_product_attention    keeps q, k, v, its output and a number a row
     after   CodedInput (plan "recompute")   keeps 4 bits of q, k and v; the backward computes the attention again
@@ -17,13 +17,12 @@ from s2a_fx.analysis.flow import trained_nodes
 from s2a_fx.analysis.non_parametric import NonParametric, non_parametric
 from s2a_fx.nn.coded_attention import CodedAttention
 from s2a_fx.nn.coded_input import GROUP
+from s2a_fx.nn.recompute import of_each_part
 from s2a_fx.passes.base import replaced
-from s2a_fx.passes.forms_of_inputs import replace_by_coded_input
+from s2a_fx.passes.forms.inputs import replace_by_coded_input
 from s2a_fx.passes.fuse_attention import zero_scores
 
 _MAKES_MASKS = (zero_scores, operator.add, torch.add, "add", "view", "reshape", "transpose")
-_PART_BYTES = 24 * 10**6
-"""What an attention worked on a few images at a time may allocate."""
 
 
 def serves_attention(gm: fx.GraphModule, node: fx.Node) -> bool:
@@ -55,7 +54,7 @@ def _images_at_a_time(layer: NonParametric, nodes: tuple[fx.Node, ...]) -> int:
     elements = value[:1].numel()
     if any(isinstance(o.meta.get("val"), torch.Tensor) for o in outside) or not elements or elements % GROUP:
         return 0
-    return max(1, _PART_BYTES // (8 * elements * value.element_size()))  # q, k, v, the output, and the gradient of each
+    return of_each_part(8 * elements * value.element_size())  # q, k, v, the output, and the gradient of each
 
 
 def _source(node: fx.Node, inside: tuple[fx.Node, ...]) -> fx.Node | None:
@@ -78,7 +77,7 @@ def _with_what_makes_its_mask(attention: fx.Node, masks: tuple[fx.Node, ...]) ->
     return tuple(node for node in attention.graph.nodes if node in run)
 
 
-def serves_attention_map(gm: fx.GraphModule, node: fx.Node) -> bool:
+def serves_map(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Whether a node is an attention without dropout, as many keys as queries have heads, whose mask needs no gradient."""
     layer = non_parametric(gm, node)
     if layer is None or layer.kind != "attention" or not _is_plain(layer) or layer.options["enable_gqa"]:
@@ -91,12 +90,12 @@ def serves_attention_map(gm: fx.GraphModule, node: fx.Node) -> bool:
     )
 
 
-def replace_attention_map(gm: fx.GraphModule, node: fx.Node, bits: int) -> None:
+def replace_map(gm: fx.GraphModule, node: fx.Node, bits: int) -> None:
     """Replace the attention by the form that keeps its map."""
     layer = non_parametric(gm, node)
     assert layer is not None
     query, key = (o.meta["val"] for o in layer.operands[:2])
     of_one = query[:1].numel() // query.shape[-1] * key.shape[-2] * 3 * 4  # the map, its gradient, and their product, float32
     packable = all(o.meta["val"][:1].numel() % GROUP == 0 for o in layer.operands[:3])
-    images = max(1, _PART_BYTES // of_one) if packable and of_one else 0
+    images = of_each_part(of_one) if packable and of_one else 0
     replaced(gm, node, CodedAttention(layer.options["scale"], layer.options["is_causal"], bits, images), layer.operands)

@@ -1,4 +1,4 @@
-"""How `CompressActivations` finds and replaces two frozen linear layers around an activation.
+"""Two frozen linear layers around an activation.
 
     before  fc1 -> GELU -> dropout of 0 -> fc2      keeps fc1's output, 32 bits; makes it, and its gradient, whole
     after   CodedMLP                                keeps 4 bits an element, and makes it a few images at a time
@@ -14,7 +14,7 @@ from s2a_fx.analysis.activations import activation
 from s2a_fx.analysis.non_parametric import dropout_probability
 from s2a_fx.codecs.packing import MULTIPLE
 from s2a_fx.nn.coded_mlp import CodedMLP
-from s2a_fx.nn.recompute import can_be_ghost, has_hooks
+from s2a_fx.nn.ghost import can_be_ghost, has_hooks
 from s2a_fx.ops.activation import BINNED
 from s2a_fx.passes.base import replaced
 

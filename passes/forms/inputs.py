@@ -1,4 +1,4 @@
-"""How `CompressActivations` replaces what no form of its own serves: kept as its coded inputs, computed again in the backward."""
+"""What no form of its own serves: kept as its coded inputs, and computed again in the backward; the side branch's blocks whole."""
 
 import operator
 from collections.abc import Sequence
@@ -8,9 +8,10 @@ from torch import fx, nn
 
 from s2a_fx.analysis.flow import dependent_nodes
 from s2a_fx.analysis.normalized_branches import runs_once
-from s2a_fx.analysis.provenance import owner_path
+from s2a_fx.analysis.provenance import module_stack, owner_path
 from s2a_fx.nn.coded_input import CodedInput
-from s2a_fx.nn.recompute import can_be_ghost
+from s2a_fx.nn.ghost import can_be_ghost
+from s2a_fx.nn.lite_side_branch import LiteSideBlock
 from s2a_fx.passes.base import call_inserted, free_path, snake_case
 from s2a_fx.passes.subgraphs import lifted
 
@@ -72,3 +73,13 @@ def is_float(node: fx.Node) -> bool:
 def _ghost(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
     return node if can_be_ghost(module) else None
+
+
+def side_blocks(gm: fx.GraphModule) -> list[tuple[fx.Node, ...]]:
+    """The runs of nodes that the blocks of the side branch are made of."""
+    runs: dict[str, list[fx.Node]] = {}
+    for node in gm.graph.nodes:
+        for path, kind in module_stack(node):
+            if kind is LiteSideBlock:
+                runs.setdefault(path, []).append(node)
+    return [tuple(nodes) for nodes in runs.values() if len(nodes) > 1]

@@ -1,0 +1,1 @@
+"""What `CompressActivations` puts in the place of a node: a file for each kind of operator, how it is found and how replaced."""

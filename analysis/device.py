@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from s2a_fx.analysis.convolution_scratch import onednn_scratch
+from s2a_fx.analysis.cpu_scratch import cpu_scratch
 from s2a_fx.errors import InputError
 
 aten = torch.ops.aten
@@ -105,10 +105,10 @@ CPU = DeviceModel(
     foreach=False,
     assumptions=(
         "CPU: the kernels that PyTorch picks for CPU tensors; dropout keeps a float mask",
-        "CPU: oneDNN's reordered copies of a convolution's operands are counted by the rules measured in convolution_scratch.py",
+        "CPU: oneDNN's reordered copies of a convolution's operands are counted by the rules measured in cpu_scratch.py",
     ),
     functions=nullcontext,
-    scratch=onednn_scratch,
+    scratch=cpu_scratch,
 )
 
 CUDA = DeviceModel(

@@ -1,8 +1,7 @@
-"""Bytes that oneDNN allocates and frees inside a 2-D convolution on the CPU.
+"""Bytes that CPU kernels allocate and free inside, where no dispatcher sees them.
 
-oneDNN works on blocked copies of a convolution's operands; no dispatcher sees them, so an analysis on fake tensors must add
-them. The rules below were measured with torch.profiler's memory events on an AVX-512 machine (benchmarks/convolution_scratch.py
-holds prediction against measurement for the convolutions of the usual backbones):
+oneDNN works on blocked copies of a convolution's operands. The rules below were measured with torch.profiler's memory events on an
+AVX-512 machine (benchmarks/truth.py sets the peaks that come of them beside measured ones):
 
 1. contiguous operands are copied to a blocked layout and the result is copied back, inputs of fewer than 16 channels apart;
 2. channels-last operands stay where they are, only the weight is copied (twice where the kernel is larger than 1x1);
@@ -11,6 +10,8 @@ holds prediction against measurement for the convolutions of the usual backbones
 4. a bias that trains makes the backward compute the weight's gradient even if the weight is frozen;
 5. the weight's gradient of a patch embedding (a kernel that is a multiple of 16, fewer than 16 channels) takes four copies of the
    weight and one image for each thread.
+
+Batch norm's backward makes the gradient of its input twice, and drops the first, where input and gradient lie alike in memory (6).
 """
 
 from typing import Any
@@ -20,13 +21,19 @@ import torch
 aten = torch.ops.aten
 
 
-def onednn_scratch(func: Any, args: tuple[Any, ...], result: Any) -> int:
-    """Bytes above operands and results at the worst moment inside `func(*args)`; 0 for all but 2-D convolutions."""
+def cpu_scratch(func: Any, args: tuple[Any, ...], result: Any) -> int:
+    """Bytes above operands and results at the worst moment inside `func(*args)`."""
     if func is aten.convolution.default:
-        return _forward(args[0], args[1], result, groups=args[8])
+        x, weight = args[:2]
+        if args[6]:  # transposed: what a backward does for the gradient of its input
+            return _backward(x, result, weight, strided=max(args[3]) > 1, groups=args[8], mask=(True, False, False))
+        return _forward(x, weight, result, groups=args[8])
     if func is aten.convolution_backward.default:
         grad, x, weight = args[:3]
         return _backward(grad, x, weight, strided=max(args[4]) > 1, groups=args[9], mask=args[10])
+    if func is aten.native_batch_norm_backward.default:
+        grad, x = args[:2]
+        return _bytes(x) if args[-1][0] and _channels_last(grad) == _channels_last(x) else 0  # (6)
     return 0
 
 

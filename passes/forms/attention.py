@@ -13,16 +13,17 @@ import operator
 import torch
 from torch import fx
 
-from s2a_fx.analysis.flow import trained_nodes
+from s2a_fx.analysis.flow import dependent_nodes, trained_nodes
 from s2a_fx.analysis.non_parametric import NonParametric, non_parametric
 from s2a_fx.nn.coded_attention import CodedAttention
-from s2a_fx.nn.coded_input import GROUP
+from s2a_fx.nn.coded_input import GROUP, WHOLE, Parts
 from s2a_fx.nn.recompute import of_each_part
 from s2a_fx.passes.base import replaced
-from s2a_fx.passes.forms.inputs import replace_by_coded_input
+from s2a_fx.passes.forms.inputs import is_float, replace_by_coded_input
 from s2a_fx.passes.fuse_attention import zero_scores
 
-_MAKES_MASKS = (zero_scores, operator.add, torch.add, "add", "view", "reshape", "transpose")
+_VIEWS = ("view", "reshape")
+_MAKES_MASKS = (zero_scores, operator.add, torch.add, "add", *_VIEWS, "transpose")
 
 
 def serves_attention(gm: fx.GraphModule, node: fx.Node) -> bool:
@@ -39,7 +40,7 @@ def replace_attention(gm: fx.GraphModule, node: fx.Node, bits: int) -> None:
     plain = _is_plain(layer)
     query, *others = (_source(n, nodes) for n in layer.operands[:3])
     centered = [n for n in others if n is not query] if plain else []  # a constant in a query counts
-    replace_by_coded_input(gm, nodes, bits, centered, _images_at_a_time(layer, nodes) if plain else 0)
+    replace_by_coded_input(gm, nodes, bits, centered, _parts(layer, nodes, dependent_nodes(gm)) if plain else WHOLE)
 
 
 def _is_plain(layer: NonParametric) -> bool:
@@ -47,14 +48,27 @@ def _is_plain(layer: NonParametric) -> bool:
     return not layer.options["dropout_p"] and not layer.options["eval_dropout_p"]
 
 
-def _images_at_a_time(layer: NonParametric, nodes: tuple[fx.Node, ...]) -> int:
-    """Over how many images an attention is recomputed at a time; 0, all at once, where masks are made for more than one."""
-    value: torch.Tensor = layer.node.meta["val"]
-    outside = {o for n in nodes for o in n.all_input_nodes if o not in nodes} - {*layer.operands[:3]}
-    elements = value[:1].numel()
-    if any(isinstance(o.meta.get("val"), torch.Tensor) for o in outside) or not elements or elements % GROUP:
-        return 0
-    return of_each_part(8 * elements * value.element_size())  # q, k, v, the output, and the gradient of each
+def _parts(layer: NonParametric, nodes: tuple[fx.Node, ...], dependent: set[fx.Node]) -> Parts:
+    """Over what parts of its first dimension an attention is computed; all at once where its mask may not be cut alike."""
+    query, value = layer.operands[0].meta["val"], layer.node.meta["val"]
+    makes = [n for n in nodes if n is not layer.node and n.target != "transpose"]
+    views = [n for n in makes if n.target in _VIEWS]
+    masks = {(o, n) for n in nodes for o in n.all_input_nodes if o not in nodes and not (o in dependent and is_float(o))}
+    rows, elements = query.shape[0], value[:1].numel()
+    if not elements or elements % GROUP or any(view.args[1] != -1 for view in views):
+        return WHOLE
+    if not all(_broadcasts(*mask) for mask in masks):
+        return WHOLE
+    together = max((rows // view.meta["val"].shape[0] for view in views), default=1)
+    # q, k, v, the output, and the gradient of each; a mask as it is made
+    needed = 8 * elements + (2 * query.shape[1:-1].numel() * layer.operands[1].meta["val"].shape[-2] if makes else 0)
+    return Parts(of_each_part(together * needed * value.element_size()) * together, together, forward=bool(makes))
+
+
+def _broadcasts(operand: fx.Node, reader: fx.Node) -> bool:
+    """Whether what is no tensor, or the same for every image, is read."""
+    value, made = operand.meta.get("val"), reader.meta["val"]
+    return not isinstance(value, torch.Tensor) or value.ndim < made.ndim or value.shape[0] == 1
 
 
 def _source(node: fx.Node, inside: tuple[fx.Node, ...]) -> fx.Node | None:

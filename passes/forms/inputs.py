@@ -9,7 +9,7 @@ from torch import fx, nn
 from s2a_fx.analysis.flow import dependent_nodes
 from s2a_fx.analysis.normalized_branches import runs_once
 from s2a_fx.analysis.provenance import module_stack, owner_path
-from s2a_fx.nn.coded_input import CodedInput
+from s2a_fx.nn.coded_input import WHOLE, CodedInput, Parts
 from s2a_fx.nn.ghost import can_be_ghost
 from s2a_fx.nn.lite_side_branch import LiteSideBlock
 from s2a_fx.passes.base import call_inserted, free_path, snake_case
@@ -44,7 +44,7 @@ def replace_input(gm: fx.GraphModule, node: fx.Node, bits: int) -> None:
 
 
 def replace_by_coded_input(
-    gm: fx.GraphModule, nodes: tuple[fx.Node, ...], bits: int, centered: Sequence[fx.Node | None] = (), images: int = 0
+    gm: fx.GraphModule, nodes: tuple[fx.Node, ...], bits: int, centered: Sequence[fx.Node | None] = (), parts: Parts = WHOLE
 ) -> None:
     """Replace a run of nodes, the last of which is its output, by one `CodedInput`; `centered` are coded less their mean."""
     inside = set(nodes)
@@ -54,7 +54,7 @@ def replace_by_coded_input(
     operands = (*wide, *(o for o in outside if o not in wide))
     body, backward_body = lifted(gm, nodes, operands, _ghost(gm, nodes[-1]))
     places = tuple(index for index, operand in enumerate(wide) if operand in centered)
-    module = CodedInput(body, backward_body, len(wide), bits, places, images)
+    module = CodedInput(body, backward_body, len(wide), bits, places, parts)
     with gm.graph.inserting_before(nodes[-1]):
         path = free_path(gm, owner_path(nodes[-1]), snake_case(CodedInput))
         call = call_inserted(gm, path, module, operands, like=nodes[-1])

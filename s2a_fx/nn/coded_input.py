@@ -5,6 +5,7 @@ range holds for 64 neighbours in memory.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,24 @@ GROUP = 64
 """Neighbours that share a range."""
 
 
+@dataclass(frozen=True)
+class Parts:
+    """Over what parts of its first dimension a function is computed; each part must be a function of its own.
+
+    Attributes:
+        images: how many go at a time; 0 for all.
+        together: how many neighbours belong to each other, the windows of an image: a part has all of them or none.
+        forward: whether the forward is computed part by part, too.
+    """
+
+    images: int = 0
+    together: int = 1
+    forward: bool = False
+
+
+WHOLE = Parts()
+
+
 class CodedInput(Recomputed):
     """`body(*activations, *operands)`, recomputed in the backward from `bits` an element of the activations.
 
@@ -27,7 +46,7 @@ class CodedInput(Recomputed):
         bits: of the codes, 1 to 8.
         centered: which of the activations are coded less their mean over the last dimension but one. Keys and values may be: the
             gradients of an attention do not change when a constant is added to all its keys, or to all its values.
-        images: how many of the first dimension the backward recomputes at a time; 0 for all. Each must be a function of its own.
+        parts: over what parts of the first dimension it is recomputed.
     """
 
     def __init__(
@@ -37,13 +56,13 @@ class CodedInput(Recomputed):
         activations: int,
         bits: int,
         centered: tuple[int, ...] = (),
-        images: int = 0,
+        parts: Parts = WHOLE,
     ) -> None:
         super().__init__(body, backward_body)
         self.activations = activations
         self.codec = Rows(bits)
         self.centered = centered
-        self.images = images
+        self.parts = parts
 
     def forward(self, *arguments: Any) -> torch.Tensor:
         trained = self.trained()
@@ -52,7 +71,7 @@ class CodedInput(Recomputed):
         return _CodedInput.apply(self, len(arguments), *arguments, *trained)  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:
-        return f"activations={self.activations}, bits={self.codec.bits}, centered={self.centered}, images={self.images}"
+        return f"activations={self.activations}, bits={self.codec.bits}, centered={self.centered}, {self.parts}"
 
 
 class _Layout(NamedTuple):
@@ -73,8 +92,8 @@ class _CodedInput(torch.autograd.Function):
             coded = torch.sub(x, x.mean(-2, keepdim=True), out=x.new_empty(x.shape)) if index in module.centered else x
             codes += module.codec.encode(flat.rows(coded, GROUP))
             ctx.layouts.append(_Layout(x.shape, x.dtype, flat.is_channels_last(coded), x.requires_grad))
-        ctx.circumstances = Circumstances(arguments[0])
-        out = module.body(*arguments)
+        ctx.circumstances = Circumstances(*tensors)
+        out = _output(module, arguments, _parts(module.parts, ctx.layouts) if module.parts.forward else WHOLE)
         ctx.circumstances.drawn()
         operands = arguments[module.activations :]
         ctx.saved_names = ("codes", "ranges") * module.activations + ("operand",)
@@ -92,8 +111,9 @@ class _CodedInput(torch.autograd.Function):
         trained = [p for p in ctx.trained if p.requires_grad]
         wide = sum(layout.needs_grad for layout in ctx.layouts)
         total: list[torch.Tensor | None] | None = None
+        wanted = _parts(module.parts, ctx.layouts)
         with ctx.circumstances.replayed():
-            for start, part in parts(grad, _images(module.images, ctx.layouts, grad)):
+            for start, part in parts(grad, wanted.images, wanted.together):
                 place = (start, part.shape[0])
                 inputs = [_decoded(module.codec, *each, place) for each in zip(codes, ctx.layouts, strict=True)]
                 leaves = [t for t in inputs if t.requires_grad]
@@ -111,12 +131,34 @@ class _CodedInput(torch.autograd.Function):
         return None, None, *of_inputs, *of_operands, *gradients
 
 
-def _images(images: int, layouts: Sequence[_Layout], grad: torch.Tensor) -> int:
-    """How many of the first dimension go together: 0, all, unless every activation and its codes can be cut as the output is."""
+def _parts(wanted: Parts, layouts: Sequence[_Layout]) -> Parts:
+    """The parts, or the whole unless every activation and its codes can be cut alike."""
+    if not wanted.images:
+        return WHOLE
+    first = layouts[0].shape[0]
     alike = all(
-        layout.shape[0] == grad.shape[0] and len(layout.shape) > 2 and layout.shape[1:].numel() % GROUP == 0 for layout in layouts
+        layout.shape[0] == first and len(layout.shape) > 2 and layout.shape[1:].numel() % GROUP == 0 and not layout.channels_last
+        for layout in layouts
     )
-    return images if alike and not any(layout.channels_last for layout in layouts) else 0
+    return wanted if alike else WHOLE
+
+
+def _output(module: CodedInput, arguments: Sequence[Any], wanted: Parts) -> torch.Tensor:
+    """The body's output, computed part by part."""
+    first = arguments[0]
+    if not wanted.images or wanted.images >= first.shape[0]:
+        return module.body(*arguments)  # type: ignore[no-any-return]
+    whole: torch.Tensor | None = None
+    for start, part in parts(first, wanted.images, wanted.together):
+        count = part.shape[0]
+        pieces = [x[start : start + count] for x in arguments[: module.activations]]
+        result = module.body(*pieces, *arguments[module.activations :])
+        if whole is None:
+            whole = result.new_empty_strided((first.shape[0], *result.shape[1:]), result.stride())
+        whole[start : start + count] = result
+        del result
+    assert whole is not None
+    return whole
 
 
 def _decoded(codec: Rows, coded: Coded, layout: _Layout, place: tuple[int, int]) -> torch.Tensor:

@@ -41,12 +41,13 @@ def needs_grad(*values: Any) -> bool:
 
 
 class Circumstances:
-    """What a forward on `x` ran in, to run it again: autocast, and the random numbers that it drew.
+    """What a forward on `values`, a tensor among them, ran in, to run it again: autocast, and the random numbers that it drew.
 
     Made before the forward; `drawn` after it forgets the generators' states if nothing was drawn. Fake tensors draw nothing.
     """
 
-    def __init__(self, x: torch.Tensor) -> None:
+    def __init__(self, *values: Any) -> None:
+        x = next(v for v in values if isinstance(v, torch.Tensor))
         self.device = x.device
         self._autocast = torch.is_autocast_enabled(x.device.type), torch.get_autocast_dtype(x.device.type)
         self._states = None if isinstance(x, FakeTensor) else _random_states(x.device)
@@ -101,11 +102,15 @@ def at_most_parts(count: int) -> Iterator[None]:
         _most_parts = before
 
 
-def parts(x: torch.Tensor, images: int) -> list[tuple[int, torch.Tensor]]:
-    """The tensor, at most `images` of its first dimension at a time, each part with where it starts; 0: all at once."""
+def parts(x: torch.Tensor, images: int, together: int = 1) -> list[tuple[int, torch.Tensor]]:
+    """The tensor, at most `images` of its first dimension at a time, each part with where it starts; 0: all at once.
+
+    Parts are made of whole groups of `together` neighbours: of one at least, even if that is more than `images`.
+    """
     if not images or images >= x.shape[0]:
         return [(0, x)]
-    size = -(-x.shape[0] // -(-x.shape[0] // images))  # parts alike: a small last one would run at a worse rate
+    groups = -(-x.shape[0] // together)
+    size = together * -(-groups // -(-groups // max(1, images // together)))  # parts alike: a small last one has a worse rate
     starts = list(range(0, x.shape[0], size))[: _most_parts if isinstance(x, FakeTensor) else None]
     return [(start, x[start : start + size]) for start in starts]
 

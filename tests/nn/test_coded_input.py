@@ -10,12 +10,15 @@ import torch.nn.functional as F
 from saved_bytes import Kept, cosine
 from small_models import small_model
 from steps import Twice, assert_near, assert_same, layers, step, worst_cosine
+from timm.models.xcit import PositionalEncodingFourier
 from torch import nn
 
 import s2a_fx
 from s2a_fx.codecs.rows import Rows
+from s2a_fx.nn import recompute
+from s2a_fx.nn.coded_input import WHOLE, Parts
 from s2a_fx.ops import flat
-from s2a_fx.passes import CompressActivations
+from s2a_fx.passes import CompressActivations, FuseAttention
 
 
 class Product(nn.Module):
@@ -295,7 +298,8 @@ def grouped(few_keys):
 @pytest.mark.parametrize("shape", [(5, 2, 8, 64), (6, 2, 16, 8), (40, 64)], ids=str)
 @pytest.mark.parametrize("keys", [0, 3])
 @pytest.mark.parametrize("images", [1, 2, 4])
-def test_an_attention_a_few_images_at_a_time_has_the_same_gradients(shape, keys, images):
+@pytest.mark.parametrize("forward", [False, True])
+def test_an_attention_a_few_images_at_a_time_has_the_same_gradients(shape, keys, images, forward):
     torch.manual_seed(0)
     width = shape[-1]
     attend = grouped(keys) if keys else F.scaled_dot_product_attention
@@ -311,14 +315,71 @@ def test_an_attention_a_few_images_at_a_time_has_the_same_gradients(shape, keys,
     model, x = Model(), torch.randn(shape)
     gm = coded(model, x, 4)
     (module,) = [m for m in layers(gm, "CodedInput") if "scaled_dot_product" in m.body.code]
-    module.images = 0
-    _, whole = step(gm, x)
-    module.images = images
-    for name, gradient in step(gm, x)[1].items():
+    module.parts = WHOLE
+    y, whole = step(gm, x)
+    module.parts = Parts(images, forward=forward)
+    output, actual = step(gm, x)
+    torch.testing.assert_close(output, y)
+    for name, gradient in actual.items():
         torch.testing.assert_close(gradient, whole[name])
 
 
-def test_an_attention_with_a_mask_or_dropout_is_recomputed_at_once():
-    swin = coded(*small_model("swin"))
-    dropping = coded(*small_model("vit", attn_drop_rate=0.5))
-    assert not any(m.images for gm in (swin, dropping) for m in layers(gm, "CodedInput"))
+def test_an_attention_with_dropout_is_recomputed_at_once():
+    gm = coded(*small_model("vit", attn_drop_rate=0.5))
+    assert not any(m.parts.images for m in layers(gm, "CodedInput"))
+
+
+class Positioned(nn.Module):
+    """A trained layer of positions, a leaf that takes sizes alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.positions, self.head = PositionalEncodingFourier(hidden_dim=8, dim=8), nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.head((x + self.positions(x.shape[0], x.shape[2], x.shape[3])).mean((2, 3)))
+
+
+def test_what_takes_numbers_alone():
+    torch.manual_seed(0)
+    model, x = Positioned(), torch.randn(2, 8, 16, 16)
+    gm = coded(model, x)
+    assert any(not m.activations for m in layers(gm, "CodedInput"))
+    assert_near(gm, model, x)
+
+
+class Windows(nn.Module):
+    """Attention over shifted windows: a bias for each head, a mask for each window of an image."""
+
+    def __init__(self, windows=3, minor=True):
+        super().__init__()
+        self.qkv, self.windows, self.minor = nn.Linear(16, 48), windows, minor
+        self.register_buffer("bias", torch.randn(1, 2, 8, 8))
+        self.register_buffer("mask", torch.randn(1, windows, 1, 8, 8) if minor else torch.randn(windows, 1, 1, 8, 8))
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4).unbind(0)
+        scores = (q * 0.3) @ k.transpose(-2, -1) + self.bias
+        places = (-1, self.windows) if self.minor else (self.windows, -1)
+        scores = (scores.view(*places, 2, 8, 8) + self.mask).view(-1, 2, 8, 8)
+        return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("part_bytes", [1, 100_000])
+def test_windows_of_an_image_go_together(part_bytes, monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(recompute, "PART_BYTES", part_bytes)
+    model, x = Windows(), torch.randn(15, 8, 16)
+    gm = s2a_fx.transform(model, x, (FuseAttention(), CompressActivations(attention_bits=8, smallest=1)))
+    (module,) = [m for m in layers(gm, "CodedInput") if m.parts.images]
+    assert module.parts.together == 3 and module.parts.forward
+    y, exact = step(model, x)
+    output, actual = step(gm, x)
+    torch.testing.assert_close(output, y)
+    assert worst_cosine(actual, exact) > (0.999,)
+    assert torch.equal(gm(x[:6]), gm(x)[:6])
+
+
+def test_windows_that_lie_apart_go_at_once():
+    gm = s2a_fx.transform(Windows(minor=False), torch.randn(15, 8, 16), (FuseAttention(), CompressActivations(smallest=1)))
+    assert not any(m.parts.images for m in layers(gm, "CodedInput"))

@@ -16,6 +16,7 @@ import torch
 from torch import fx, nn
 
 from s2a_fx.analysis.flow import reaches
+from s2a_fx.analysis.layout import layout_of
 from s2a_fx.analysis.provenance import module_stack, owner_path
 
 _ADDS = (operator.add, operator.iadd, torch.add)
@@ -32,8 +33,70 @@ class Block:
     output: fx.Node
 
 
+@dataclass(frozen=True)
+class Branch:
+    """What a residual block adds to its input: the block's path, the `value` that is added, and the node that adds it."""
+
+    path: str
+    value: fx.Node
+    add: fx.Node
+
+
 def residual_blocks(gm: fx.GraphModule) -> tuple[Block, ...]:
     """The residual blocks in the order in which they run."""
+    return _blocks_and_adds(gm)[0]
+
+
+def stages(gm: fx.GraphModule) -> tuple[tuple[Block, ...], ...]:
+    """The residual blocks, those in a row together whose outputs have the same channels and positions."""
+    found: list[list[Block]] = []
+    before: object = None
+    for block in residual_blocks(gm):
+        layout = layout_of(gm, block.output)
+        if not found or layout != before:
+            found.append([])
+        found[-1].append(block)
+        before = layout
+    return tuple(map(tuple, found))
+
+
+def residual_branches(gm: fx.GraphModule) -> tuple[Branch, ...]:
+    """The branches of the residual blocks in the order in which they run, those of attention and MLP one by one.
+
+    Where a shortcut has layers, too, the branch is the way through more nodes.
+    """
+    blocks, adds = _blocks_and_adds(gm)
+    branches = []
+    for block in blocks:
+        own = [node for node in block.nodes if node in adds]
+        branches += [Branch(block.path, next(o for o in add.all_input_nodes if o is not adds[add]), add) for add in own]
+        if not own and (add := _last_add(block)):
+            branches.append(Branch(block.path, max(add.all_input_nodes, key=lambda o: _depth(o, block)), add))
+    return tuple(branches)
+
+
+def _last_add(block: Block) -> fx.Node | None:
+    adds = [n for n in block.nodes if _is_add(n) and len(n.all_input_nodes) == 2 and owner_path(n) == block.path]
+    return adds[-1] if adds else None
+
+
+def _depth(node: fx.Node, block: Block) -> int:
+    """How many nodes of the block a node is computed from."""
+    inside, seen, stack = set(block.nodes), set(), [node]
+    while stack:
+        current = stack.pop()
+        if current in inside and current not in seen:
+            seen.add(current)
+            stack += current.all_input_nodes
+    return len(seen)
+
+
+def _is_add(node: fx.Node) -> bool:
+    return node.target in _ADDS or (node.op == "call_method" and node.target in ("add", "add_"))
+
+
+def _blocks_and_adds(gm: fx.GraphModule) -> tuple[tuple[Block, ...], dict[fx.Node, fx.Node]]:
+    """The blocks, and every residual add with the operand that is the input of what it adds to."""
     members = _members(gm)
     types = _module_types(gm)
     adds: dict[fx.Node, fx.Node] = {}
@@ -53,7 +116,7 @@ def residual_blocks(gm: fx.GraphModule) -> tuple[Block, ...]:
         entry = residual.get(path) or next(iter(entries), None)
         if len(outputs) == 1 and entry is not None:
             blocks.append(Block(path, entry, tuple(members[path]), outputs[0]))
-    return tuple(blocks)
+    return tuple(blocks), adds
 
 
 def _members(gm: fx.GraphModule) -> dict[str, list[fx.Node]]:
@@ -97,9 +160,8 @@ def _residual_adds(gm: fx.GraphModule, path: str, nodes: list[fx.Node], inner: d
     entries = set(_entries(nodes))
     found: dict[fx.Node, fx.Node] = {}
     for node in nodes:
-        is_add = node.target in _ADDS or (node.op == "call_method" and node.target in ("add", "add_"))
         operands = node.all_input_nodes
-        if not is_add or owner_path(node) != path or len(operands) != 2:
+        if not _is_add(node) or owner_path(node) != path or len(operands) != 2:
             continue
         for x, other in (operands, operands[::-1]):
             if _origin(gm, x, inner | found, entries) in entries and reaches(other, entries, set(nodes)):

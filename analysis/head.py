@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from s2a_fx.analysis.layout import layout_of
+
 _PASSES_THROUGH = (nn.Identity, nn.Dropout, nn.Flatten)
 _COMBINES = (operator.add, operator.truediv, operator.mul, operator.getitem, torch.add, torch.flatten, F.dropout)
 _METHODS = ("flatten", "view", "reshape", "squeeze", "add", "div")
@@ -53,3 +55,21 @@ def _is_transparent(gm: fx.GraphModule, node: fx.Node) -> bool:
     if node.op == "call_module":
         return isinstance(gm.get_submodule(str(node.target)), _PASSES_THROUGH)
     return node.target in _COMBINES if node.op == "call_function" else node.target in _METHODS
+
+
+def last_feature(gm: fx.GraphModule) -> fx.Node | None:
+    """The last feature with positions, which is pooled, or of which a token is taken, for the heads; None without one for all."""
+    found = {_positions_above(gm, node) for node in classification_heads(gm)}
+    return found.pop() if len(found) == 1 else None
+
+
+def _positions_above(gm: fx.GraphModule, head: fx.Node) -> fx.Node | None:
+    node = head.all_input_nodes[0]
+    pooled = node.meta["val"][:1].numel()
+    while node.all_input_nodes:
+        node = node.all_input_nodes[0]
+        value = node.meta.get("val")
+        same = node.op == "call_module" and isinstance(gm.get_submodule(str(node.target)), nn.Identity)
+        if isinstance(value, torch.Tensor) and value[:1].numel() > pooled and layout_of(gm, node) and not same:
+            return node
+    return None

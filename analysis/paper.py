@@ -4,8 +4,8 @@ Counted, each in 4-byte elements at the traced batch size:
 
 1. all parameters, once, trained or not;
 2. the input of every linear, convolution and normalization layer whose weight trains, eq. (2);
-3. the input of every GELU, SiLU and ReLU and the map of every softmax through which a gradient flows, eq. (7) to (12); of a
-   quantized one, `bits` instead of 32 bits an element;
+3. the input of every GELU, SiLU and ReLU and the map of every softmax, eq. (7) to (12), where a gradient flows through it, or
+   through any other block of the backbone; of a quantized one, `bits` instead of 32 bits an element;
 4. the codes of the compression engine's layers, which the paper does not know, norms and attention included.
 
 The paper leaves out: q, k and v of the attention's products; what a frozen normalization or convolution keeps; the side branch's
@@ -21,6 +21,7 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from s2a_fx.analysis.blocks import residual_blocks
 from s2a_fx.analysis.flow import trained_nodes
 from s2a_fx.analysis.non_parametric import non_parametric
 from s2a_fx.analysis.provenance import module_stack
@@ -28,6 +29,7 @@ from s2a_fx.nn.coded import CodedActivation, CodedLayerNorm, MaskedActivation
 from s2a_fx.nn.coded_attention import CodedAttention
 from s2a_fx.nn.coded_input import CodedInput
 from s2a_fx.nn.coded_mlp import CodedMLP
+from s2a_fx.nn.ladder import LadderLayer
 from s2a_fx.nn.lite_side_branch import LiteSideBlock
 from s2a_fx.nn.quantized import (
     QuantizedAttention,
@@ -47,12 +49,20 @@ def paper_bytes(gm: fx.GraphModule) -> int:
     """Training memory of `gm` in bytes, as the paper counts it."""
     trained = trained_nodes(gm)
     total = sum(p.numel() for p in gm.parameters()) * 32
+    counted = trained | _backbone_through_which_gradients_flow(gm, trained)
     for node in gm.graph.nodes:
         if _trains_its_weight(gm, node) and not _normalizes_side_branch(gm, node):
             total += _elements(node.all_input_nodes[0]) * 32
-        elif not trained.isdisjoint(node.all_input_nodes) and (not _in_side_branch(node) or _is_coded_input(gm, node)):
+        elif not counted.isdisjoint((node, *node.all_input_nodes)) and (not _in_side_branch(node) or _is_coded_input(gm, node)):
             total += _kept_bits(gm, node)
     return total // 8
+
+
+def _backbone_through_which_gradients_flow(gm: fx.GraphModule, trained: set[fx.Node]) -> set[fx.Node]:
+    """The nodes of all residual blocks, (3), if any of these blocks is trained."""
+    blocks = [b for b in residual_blocks(gm) if not any(kind is LadderLayer for _, kind in module_stack(b.output))]
+    flows = any(block.output in trained for block in blocks)
+    return {node for block in blocks for node in block.nodes} if flows else set()
 
 
 def _trains_its_weight(gm: fx.GraphModule, node: fx.Node) -> bool:

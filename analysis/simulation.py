@@ -22,6 +22,7 @@ from s2a_fx.analysis.device import CPU, DeviceModel
 from s2a_fx.analysis.fake import fake_mode, fake_modules, fake_tensor, traced_inputs
 from s2a_fx.analysis.loss import default_loss, describe_loss
 from s2a_fx.analysis.optimizer import make_optimizer, stand_ins
+from s2a_fx.nn.checkpointed import Checkpointed
 from s2a_fx.nn.recompute import at_most_parts
 from s2a_fx.ops import SAVED, lines_of
 
@@ -255,6 +256,7 @@ class _Keeper:
         self.order = 0
         self.naming: list[str] | None = None  # names for the tensors that are unpacked next
         self.attributes: dict[str, list[str]] = {}
+        self.checkpointed = False  # what a checkpointed part keeps is its inputs; to read more of it would run it again
 
     def pack(self, tensor: torch.Tensor) -> _Token:
         storage = self.ledger.index_of(tensor)
@@ -262,7 +264,7 @@ class _Keeper:
         if record.kind == "temporary":
             record.kind = "saved"
         self.order += 1
-        token = _Token(tensor, storage, self.ledger.place.node, self.order)
+        token = _Token(tensor, storage, self.ledger.place.node, self.order, "Checkpointed.input" if self.checkpointed else "")
         self.tokens.add(token)
         return token
 
@@ -280,7 +282,7 @@ class _Keeper:
             if function is None or _NODE in function.metadata:
                 continue
             function.metadata[_NODE] = node
-            for attribute in self._saved_attributes(function):
+            for attribute in () if self.checkpointed else self._saved_attributes(function):
                 self.naming = _operand_names(function, attribute)
                 getattr(function, attribute)
             self.naming = None
@@ -325,6 +327,7 @@ class _Runner(fx.Interpreter):
         for operand in n.all_input_nodes:
             for tensor in _tensors(self.env[operand]):
                 self.ledger.storages[self.ledger.index_of(tensor)].last_read = n.name
+        self.keeper.checkpointed = n.op == "call_module" and isinstance(self.module.get_submodule(str(n.target)), Checkpointed)
         result = super().run_node(n)
         self.keeper.label(_tensors(result), n.name)
         return result

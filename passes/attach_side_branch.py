@@ -17,14 +17,15 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from s2a_fx.analysis.blocks import residual_blocks
+from s2a_fx.analysis.blocks import stages
 from s2a_fx.analysis.head import classification_heads
 from s2a_fx.analysis.layout import Layout, layout_of
 from s2a_fx.analysis.notes import add_note
 from s2a_fx.errors import InputError, PassError
 from s2a_fx.nn.channel_average_pool import ChannelAveragePool
 from s2a_fx.nn.lite_side_branch import LiteSideBlock, SideTransition
-from s2a_fx.passes.base import Pass, a_weight, building_like, call_inserted, require_positive
+from s2a_fx.passes.base import Pass, a_weight, building_like, call_inserted, require_not_negative, require_positive
+from s2a_fx.passes.subgraphs import call_spliced
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,17 @@ class AttachSideBranch(Pass):
 
     Args:
         reduction: r of eq. (5), by which the channels shrink; the paper takes 8. Must divide the channels of every block.
+        skip: how many stages at the beginning go without.
+        every: read every n-th block alone, the last of each n.
     """
 
     reduction: int = 8
+    skip: int = 0
+    every: int = 1
 
     def __post_init__(self) -> None:
-        require_positive(self, reduction=self.reduction)
+        require_positive(self, reduction=self.reduction, every=self.every)
+        require_not_negative(self, skip=self.skip)
 
     def rewrite(self, gm: fx.GraphModule) -> bool:
         heads = classification_heads(gm)
@@ -63,7 +69,8 @@ class AttachSideBranch(Pass):
 
     def _taps(self, gm: fx.GraphModule) -> list[tuple[str, fx.Node, Layout]]:
         taps = []
-        for block in residual_blocks(gm):
+        blocks = [block for stage in stages(gm)[self.skip :] for block in stage]
+        for block in blocks[self.every - 1 :: self.every]:
             layout = layout_of(gm, block.output)
             if layout is None:
                 add_note(gm, "AttachSideBranch", block.output.name, f"{block.path}: neither tokens nor a map with known channels")
@@ -89,24 +96,13 @@ class AttachSideBranch(Pass):
             if previous is not None:
                 if before != (channels, grid):
                     transition = SideTransition((before[0], channels), before[1], grid, **factory)
-                    previous = _call_layers(gm, f"{name}.transition", transition, previous, after=node)
+                    previous = call_spliced(gm, f"{name}.transition", transition, (previous,), before=node.next)
                 with gm.graph.inserting_after(max(node, previous)):
                     node = gm.graph.call_function(torch.add, (node, previous))
-            previous = _call_layers(gm, f"{name}.block", LiteSideBlock(channels, **factory), node, after=node)
+            previous = call_spliced(gm, f"{name}.block", LiteSideBlock(channels, **factory), (node,), before=node.next)
             before = (channels, grid)
         assert previous is not None
         return previous, before[0]
-
-
-def _call_layers(gm: fx.GraphModule, path: str, layers: nn.Sequential, node: fx.Node, after: fx.Node) -> fx.Node:
-    """Call the layers one by one, so that each is a node of its own to the analysis and to later passes."""
-    gm.add_submodule(path, layers.train(gm.training))
-    point = after
-    for name, _ in layers.named_children():
-        with gm.graph.inserting_after(point):
-            node = point = gm.graph.call_module(f"{path}.{name}", (node,))
-        node.meta["nn_module_stack"] = {path: (path, type(layers))}
-    return node
 
 
 def _widen_head(gm: fx.GraphModule, node: fx.Node, index: int, side: fx.Node, side_channels: int) -> None:

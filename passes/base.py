@@ -58,6 +58,13 @@ def require_positive(source: Pass, **options: int) -> None:
             raise InputError(f"{type(source).__name__}: {name} must be a positive integer, got {value!r}.")
 
 
+def require_not_negative(source: Pass, **options: int) -> None:
+    """Raise `InputError` unless every option is an integer of 0 or more."""
+    for name, value in options.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise InputError(f"{type(source).__name__}: {name} must be an integer of 0 or more, got {value!r}.")
+
+
 def free_path(gm: fx.GraphModule, parent: str, name: str) -> str:
     """A path under `parent` where nothing stands yet: `parent.name`, or with a number."""
     wanted = path = f"{parent}.{name}" if parent else name

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from s2a_fx.analysis.blocks import Block, residual_blocks
+from s2a_fx.analysis.blocks import Block, residual_blocks, stages
 from s2a_fx.analysis.layout import layout_of
 from s2a_fx.analysis.notes import add_note
 from s2a_fx.analysis.provenance import owner_path
-from s2a_fx.errors import PassError
+from s2a_fx.errors import InputError, PassError
 from s2a_fx.nn.low_rank_prompt import LowRankPrompt
-from s2a_fx.passes.base import Pass, a_weight, building_like, call_inserted, free_path, require_positive
+from s2a_fx.passes.base import Pass, a_weight, building_like, call_inserted, free_path, require_not_negative, require_positive
 
 
 @dataclass(frozen=True)
@@ -29,18 +29,23 @@ class InsertLowRankPrompt(Pass):
         where: None for the residual blocks, or a predicate over nodes: the prompt is added to the value of each node for which
             it is true. Any predicate, for example `lambda node: node.name.endswith("attn_proj")`.
         std: of B's entries at the start; A's are 0.
+        skip: how many stages at the beginning go without.
+        cells: cut maps into so many cells in height and in width, whose positions share a row of A; 0 for a row a position.
     """
 
     rank: int = 30
     where: Callable[[fx.Node], bool] | None = None
     std: float = 0.02
+    skip: int = 0
+    cells: int = 0
 
     def __post_init__(self) -> None:
         require_positive(self, rank=self.rank)
+        require_not_negative(self, skip=self.skip, cells=self.cells)
 
     def rewrite(self, gm: fx.GraphModule) -> bool:
         if self.where is None:
-            places = _block_entries(gm)
+            places = _block_entries(gm, self.skip)
         else:
             places = [(owner_path(node), node, list(node.users)) for node in gm.graph.nodes if self.where(node)]
         if not places:
@@ -59,8 +64,14 @@ class InsertLowRankPrompt(Pass):
             add_note(gm, "InsertLowRankPrompt", node.name, f"{parent}: neither tokens nor a map with known channels")
             return False
         grid = (layout.tokens,) if layout.order == "BNC" else (layout.height, layout.width)
+        cells = (self.cells, self.cells) if self.cells and layout.order != "BNC" else None
+        if cells and (layout.height % self.cells or layout.width % self.cells):
+            raise InputError(
+                f"InsertLowRankPrompt: {parent} has a map of {layout.height}x{layout.width}, which cells={self.cells} does not "
+                "divide; take a number that does, or 0."
+            )
         with building_like(a_weight(gm)) as factory:
-            prompt = LowRankPrompt(parent, layout.order, grid, layout.channels, self.rank, self.std, **factory)
+            prompt = LowRankPrompt(parent, layout.order, grid, layout.channels, self.rank, self.std, cells, **factory)
         with gm.graph.inserting_before(min(readers)):
             call = call_inserted(gm, free_path(gm, parent, "low_rank_prompt"), prompt, (node,), like=node)
         call.meta["val"] = node.meta["val"]
@@ -69,8 +80,9 @@ class InsertLowRankPrompt(Pass):
         return True
 
 
-def _block_entries(gm: fx.GraphModule) -> list[tuple[str, fx.Node, list[fx.Node]]]:
-    return [(block.path, block.entry, _readers(block)) for block in residual_blocks(gm)]
+def _block_entries(gm: fx.GraphModule, skip: int) -> list[tuple[str, fx.Node, list[fx.Node]]]:
+    blocks = [block for stage in stages(gm)[skip:] for block in stage] if skip else residual_blocks(gm)
+    return [(block.path, block.entry, _readers(block)) for block in blocks]
 
 
 def _readers(block: Block) -> list[fx.Node]:

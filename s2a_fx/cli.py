@@ -1,4 +1,4 @@
-"""The command line: `s2a-fx report`, `s2a-fx compare`, `s2a-fx passes`."""
+"""The command line: `s2a-fx report`, `s2a-fx compare`, `s2a-fx table1`, `s2a-fx passes`."""
 
 import argparse
 import dataclasses
@@ -18,6 +18,8 @@ from s2a_fx.analysis.optimizer import OPTIMIZERS
 from s2a_fx.analyze import compare
 from s2a_fx.errors import InputError, S2AError
 from s2a_fx.html import to_html
+from s2a_fx.paper_figures import BATCH_SIZE, TABLES
+from s2a_fx.paper_tables import method_cells, paper_cells, to_json, to_text
 from s2a_fx.passes import PASSES
 from s2a_fx.recipes import RECIPES, name_of, resolve
 from s2a_fx.report import Comparison
@@ -66,6 +68,12 @@ def _parser() -> argparse.ArgumentParser:
     comparison.add_argument("--recipes", default=",".join(RECIPES), help="names separated by commas (default: all)")
     comparison.set_defaults(run=_compare)
     _add_model_options(comparison)
+    tables = commands.add_parser("table1", help="the paper's tables, ours beside its figures")
+    tables.add_argument("--table", type=int, choices=sorted(TABLES), help="which one, 5 for Figure 5 (default: 1)", default=1)
+    tables.add_argument("--model", metavar="MODEL", help="the methods on another timm model, for which the paper has no figures")
+    tables.add_argument("--batch-size", type=_positive, metavar="N", help="images in a step, with --model (default: 32)")
+    tables.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
+    tables.set_defaults(run=_table)
     passes = commands.add_parser("passes", help="the passes with their options, and the recipes made of them")
     passes.set_defaults(run=_passes)
     return parser
@@ -103,12 +111,29 @@ def _compare(options: argparse.Namespace) -> None:
     print(comparison.table())
 
 
+def _table(options: argparse.Namespace) -> None:
+    _check_folders(options.json)
+    if options.batch_size and not options.model:
+        raise InputError(f"--batch-size: the paper's figures are at batch {BATCH_SIZE}; name another model with --model.")
+    if options.model:
+        cells = method_cells(options.model, options.batch_size or BATCH_SIZE, options.jobs)
+    else:
+        cells = paper_cells((options.table,), options.jobs)
+    print(to_text(cells))
+    if options.json:
+        _write(options.json, json.dumps(to_json(cells), indent=1))
+
+
+def _check_folders(*paths: Path | None) -> None:
+    for path in paths:
+        if path is not None and not path.parent.is_dir():
+            raise InputError(f"{path}: there is no folder {path.parent}; create it or name another file.")
+
+
 def _simulate(options: argparse.Namespace, recipes: list[str]) -> Comparison:
     for recipe in recipes:
         resolve(recipe)
-    for path in (options.json, options.html):
-        if path is not None and not path.parent.is_dir():
-            raise InputError(f"{path}: there is no folder {path.parent}; create it or name another file.")
+    _check_folders(options.json, options.html)
     model, example = _built(options)
     comparison = compare(
         model,

@@ -9,11 +9,17 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from s2a_fx.errors import InputError
 from s2a_fx.passes import (
+    AttachLadder,
     AttachSideBranch,
+    AttachUniPT,
+    CheckpointBlocks,
     CompressActivations,
     FreezeWeights,
     FuseAttention,
+    InsertAdapter,
+    InsertLoRA,
     InsertLowRankPrompt,
+    InsertVisualPrompt,
     QuantizeNonParametric,
     RecomputeBranches,
 )
@@ -23,40 +29,58 @@ GraphPass = Callable[[fx.GraphModule], PassResult]
 FULL: tuple[GraphPass, ...] = ()
 LINEAR = (FreezeWeights(keep=("head",)),)
 BIAS = (FreezeWeights(keep=("bias", "head")),)
+LORA = (*LINEAR, InsertLoRA(rank=48))
+ADAPTER = (*LINEAR, InsertAdapter(reduction=8))
+VPT = (*LINEAR, InsertVisualPrompt(tokens=50))
+UNIPT = (*LINEAR, AttachUniPT(reduction=8))
+LST = (*LINEAR, AttachLadder(reduction=8))
 BIAS_LRP = (*BIAS, InsertLowRankPrompt(rank=30))
 BIAS_LRP_LSB = (*BIAS_LRP, AttachSideBranch(reduction=8))
 S2A_PAPER = (*BIAS_LRP_LSB, QuantizeNonParametric(bits=4))
-S2A = (
-    *BIAS_LRP_LSB,
+
+COMPRESS = (
     FuseAttention(),
     RecomputeBranches(bits=6, widest=256),  # narrow layers have the most to keep, and the least to recompute
     CompressActivations(),
 )
-S2A_MAX = (*BIAS_LRP_LSB, FuseAttention(), RecomputeBranches(bits=4, group=64), CompressActivations())
+COMPRESS_MAX = (FuseAttention(), RecomputeBranches(bits=4, group=64), CompressActivations())
+CHECKPOINT = (CheckpointBlocks(),)
 
 RECIPES: dict[str, tuple[GraphPass, ...]] = {
     "full": FULL,
     "linear": LINEAR,
     "bias": BIAS,
+    "lora": LORA,
+    "adapter": ADAPTER,
+    "vpt": VPT,
+    "unipt": UNIPT,
+    "lst": LST,
     "bias+lrp": BIAS_LRP,
     "bias+lrp+lsb": BIAS_LRP_LSB,
     "s2a-paper": S2A_PAPER,
-    "s2a": S2A,
-    "s2a-max": S2A_MAX,
+    "s2a": (*BIAS_LRP_LSB, *COMPRESS),
+    "s2a-max": (*BIAS_LRP_LSB, *COMPRESS_MAX),
 }
+
+SUFFIXES: dict[str, tuple[GraphPass, ...]] = {"compress": COMPRESS, "compress-max": COMPRESS_MAX, "checkpoint": CHECKPOINT}
+"""What keeps less of any recipe: `lora+compress`, `bias+checkpoint`."""
 
 
 def resolve(recipe: str | Sequence[GraphPass]) -> tuple[GraphPass, ...]:
-    """The passes of a recipe given by name or as a sequence of passes.
+    """The passes of a recipe given by name, with or without one of `SUFFIXES`, or as a sequence of passes.
 
     Raises:
         InputError: no recipe has this name, or an element is not callable.
     """
     if isinstance(recipe, str):
+        base, _, suffix = recipe.rpartition("+")
+        if recipe not in RECIPES and base in RECIPES and suffix in SUFFIXES:
+            return (*RECIPES[base], *SUFFIXES[suffix])
         if recipe not in RECIPES:
             near = get_close_matches(recipe, RECIPES, n=2, cutoff=0.4)
             hint = f" Did you mean {' or '.join(near)}?" if near else ""
-            raise InputError(f"unknown recipe {recipe!r}; recipes are {', '.join(RECIPES)}.{hint}")
+            endings = ", ".join(f"+{name}" for name in SUFFIXES)
+            raise InputError(f"unknown recipe {recipe!r}; recipes are {', '.join(RECIPES)}, with or without {endings}.{hint}")
         return RECIPES[recipe]
     wrong = [type(p).__name__ for p in recipe if not callable(p) or isinstance(p, type)]
     if wrong:

@@ -1,0 +1,51 @@
+"""Checkpoint residual blocks: what a user picks today who runs out of memory.
+
+    before  x = block(x)                      keeps what the block keeps
+    after   x = checkpoint(block, x)          keeps x; the block runs again in the backward
+
+Leaves alone, with a note: blocks through which no gradient flows.
+"""
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from s2a_fx.analysis.blocks import Block, residual_blocks
+from s2a_fx.analysis.flow import trained_nodes
+from s2a_fx.analysis.notes import add_note
+from s2a_fx.errors import PassError
+from s2a_fx.nn.checkpointed import Checkpointed
+from s2a_fx.passes.base import Pass, call_inserted, free_path, snake_case
+from s2a_fx.passes.subgraphs import lifted
+
+
+@dataclass(frozen=True)
+class CheckpointBlocks(Pass):
+    """Put `torch.utils.checkpoint` around every residual block."""
+
+    def rewrite(self, gm: fx.GraphModule) -> bool:
+        blocks = residual_blocks(gm)
+        if not blocks:
+            raise PassError("CheckpointBlocks: found no residual block (no module adds to its own input); take another recipe.")
+        trained = trained_nodes(gm)
+        modified = False
+        for block in blocks:
+            if trained.isdisjoint(block.nodes):
+                add_note(gm, "CheckpointBlocks", block.output.name, f"{block.path}: keeps nothing: no gradient flows through it")
+            else:
+                _replace(gm, block)
+                modified = True
+        return modified
+
+
+def _replace(gm: fx.GraphModule, block: Block) -> None:
+    inside = set(block.nodes)
+    nodes = (*(n for n in block.nodes if n is not block.output), block.output)  # nothing after the output is read elsewhere
+    operands = tuple(dict.fromkeys(o for n in nodes for o in n.all_input_nodes if o not in inside))
+    module = Checkpointed(*lifted(gm, nodes, operands, None))
+    with gm.graph.inserting_before(block.output):
+        call = call_inserted(gm, free_path(gm, block.path, snake_case(Checkpointed)), module, operands, like=block.output)
+    call.meta["val"] = block.output.meta["val"]
+    block.output.replace_all_uses_with(call)
+    for node in reversed(nodes):
+        gm.graph.erase_node(node)

@@ -1,0 +1,71 @@
+"""Insert bottleneck adapters at the ends of residual branches (Houlsby et al.; the paper's eq. 13).
+
+    before  x + branch(x)
+    after   x + adapter(branch(x)), adapter(h) = h + up(gelu(down(h)))      keeps h and both narrow tensors
+
+Leaves alone, with a note: a branch that is neither tokens nor a map with known channels.
+"""
+
+from dataclasses import dataclass
+
+from timm.layers import DropPath
+from torch import fx, nn
+
+from s2a_fx.analysis.blocks import Branch, residual_branches
+from s2a_fx.analysis.layout import layout_of
+from s2a_fx.analysis.notes import add_note
+from s2a_fx.errors import InputError, PassError
+from s2a_fx.nn.adapter import Adapter
+from s2a_fx.passes.base import Pass, a_weight, building_like, free_path, require_positive
+from s2a_fx.passes.subgraphs import call_spliced
+
+
+@dataclass(frozen=True)
+class InsertAdapter(Pass):
+    """Insert an `Adapter` at the end of each residual branch.
+
+    Args:
+        reduction: channels of the branch over channels of the bottleneck; must divide them.
+        last: only at the end of each block's last branch: after the MLP of a transformer's block.
+    """
+
+    reduction: int = 8
+    last: bool = False
+
+    def __post_init__(self) -> None:
+        require_positive(self, reduction=self.reduction)
+
+    def rewrite(self, gm: fx.GraphModule) -> bool:
+        branches = residual_branches(gm)
+        if not branches:
+            raise PassError("InsertAdapter: found no residual block (no module adds to its own input); take another recipe.")
+        if self.last:
+            branches = tuple({branch.path: branch for branch in branches}.values())
+        inserted = [self._insert(gm, branch) for branch in branches]
+        return any(inserted)
+
+    def _insert(self, gm: fx.GraphModule, branch: Branch) -> bool:
+        value, reader = _before_drop_path(gm, branch)
+        layout = layout_of(gm, value)
+        if layout is None:
+            add_note(gm, "InsertAdapter", value.name, f"{branch.path}: neither tokens nor a map with known channels")
+            return False
+        if layout.channels % self.reduction:
+            raise InputError(
+                f"InsertAdapter: {branch.path} has {layout.channels} channels, which reduction={self.reduction} does not divide; "
+                "take a reduction that does."
+            )
+        with building_like(a_weight(gm)) as factory:
+            adapter = Adapter(layout.channels, layout.channels // self.reduction, layout.order == "BCHW", **factory)
+        adapted = call_spliced(gm, free_path(gm, branch.path, "adapter"), adapter, (value,), before=value.next, like=branch.add)
+        adapted.meta["val"] = value.meta["val"]
+        reader.replace_input_with(value, adapted)
+        return True
+
+
+def _before_drop_path(gm: fx.GraphModule, branch: Branch) -> tuple[fx.Node, fx.Node]:
+    """The branch's value before what drops it as a whole, and its reader."""
+    value, reader = branch.value, branch.add
+    while value.op == "call_module" and isinstance(gm.get_submodule(str(value.target)), (nn.Identity, DropPath)):
+        value, reader = value.all_input_nodes[0], value
+    return value, reader

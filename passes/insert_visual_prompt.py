@@ -1,0 +1,177 @@
+"""Give every block learned prompts beside its input (VPT, the deep form; the paper's eq. 14).
+
+    tokens          before  block(x)              after  block([class token, prompts, x]) without the prompts
+    windows         before  attention(windows)    after  attention([windows, prompts]) without the prompts, in every window
+    convolutions    before  block(x)              after  block(x in a learned border) without the border
+
+Prompts keep nothing themselves; what the block makes of them, autograd keeps as it keeps the rest.
+
+Leaves alone, with a note: blocks of the first `skip` stages, blocks that change the size of a map, and layouts unknown.
+"""
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from s2a_fx.analysis.blocks import Block, stages
+from s2a_fx.analysis.flow import dependent_nodes
+from s2a_fx.analysis.layout import Layout, layout_of
+from s2a_fx.analysis.non_parametric import non_parametric
+from s2a_fx.analysis.notes import add_note
+from s2a_fx.analysis.provenance import module_stack, owner_path
+from s2a_fx.analysis.shapes import propagate
+from s2a_fx.errors import PassError
+from s2a_fx.nn.visual_prompt import PromptBorder, PromptTokens
+from s2a_fx.passes.base import Pass, a_weight, building_like, call_inserted, free_path, require_not_negative, require_positive
+
+_ADDS = (operator.add, operator.iadd, torch.add, "add", "add_")
+
+
+@dataclass(frozen=True)
+class InsertVisualPrompt(Pass):
+    """Insert prompts at each residual block.
+
+    Args:
+        tokens: prompts of a block of tokens, and of each window of a windowed attention; a border has as many as it is long.
+        skip: how many stages at the beginning go without.
+    """
+
+    tokens: int = 50
+    skip: int = 0
+
+    def __post_init__(self) -> None:
+        require_positive(self, tokens=self.tokens)
+        require_not_negative(self, skip=self.skip)
+
+    def rewrite(self, gm: fx.GraphModule) -> bool:
+        blocks = [block for stage in stages(gm)[self.skip :] for block in stage]
+        if not blocks:
+            raise PassError("InsertVisualPrompt: found no residual block in the stages that are not skipped; take another recipe.")
+        inserted = [
+            self._insert(gm, block) for block in reversed(blocks)
+        ]  # an earlier block's output is then still as it was found
+        return any(inserted)
+
+    def _insert(self, gm: fx.GraphModule, block: Block) -> bool:
+        layout = layout_of(gm, block.entry)
+        windows = _windows(gm, block) if layout is not None and layout.order != "BNC" else None
+        if layout is None:
+            add_note(gm, "InsertVisualPrompt", block.entry.name, f"{block.path}: neither tokens nor a map with known channels")
+        elif layout.order == "BNC":
+            self._around_tokens(gm, block, layout)
+        elif windows is not None:
+            self._in_windows(gm, windows)
+        elif layout_of(gm, block.output) != layout:
+            add_note(gm, "InsertVisualPrompt", block.entry.name, f"{block.path}: changes the size of its map")
+            return False
+        else:
+            _around_map(gm, block, layout)
+        if layout is not None:
+            _recompute_shapes(gm, block)
+        return layout is not None
+
+    def _around_tokens(self, gm: fx.GraphModule, block: Block, layout: Layout) -> None:
+        readers = [user for user in block.entry.users if user in block.nodes]
+        with building_like(a_weight(gm)) as factory:
+            prompt = PromptTokens(self.tokens, layout.channels, layout.prefix, **factory)
+        _read_through(gm, block.path, prompt, block.entry, readers)
+        whole = slice(None)
+        with gm.graph.inserting_before(block.output.next):
+            kept = gm.graph.call_function(operator.getitem, (block.output, (whole, slice(layout.prefix + self.tokens, None))))
+            new = [kept]
+            if layout.prefix:
+                first = gm.graph.call_function(operator.getitem, (block.output, (whole, slice(None, layout.prefix))))
+                kept = gm.graph.call_function(torch.cat, ([first, kept], 1))
+                new.append(first)
+        block.output.replace_all_uses_with(kept, delete_user_cb=lambda user: user not in new)
+
+    def _in_windows(self, gm: fx.GraphModule, windows: "_Windows") -> None:
+        tokens, channels = windows.entry.meta["val"].shape[1:]
+        with building_like(a_weight(gm)) as factory:
+            prompt = PromptTokens(self.tokens, channels, **factory)
+        _read_through(gm, windows.path, prompt, windows.entry, windows.readers)
+        for node in windows.nodes:
+            for bias in node.all_input_nodes if node.target in _ADDS else ():
+                value = bias.meta.get("val")
+                if bias not in windows.dependent and isinstance(value, torch.Tensor) and value.shape[-2:] == (tokens, tokens):
+                    with gm.graph.inserting_before(node):  # prompts have no place: they are as near to one token as to another
+                        wider = gm.graph.call_function(F.pad, (bias, (self.tokens, 0, self.tokens, 0)))
+                    wider.meta["nn_module_stack"] = node.meta["nn_module_stack"]
+                    node.replace_input_with(bias, wider)
+        with gm.graph.inserting_before(windows.output.next):
+            kept = gm.graph.call_function(operator.getitem, (windows.output, (slice(None), slice(self.tokens, None))))
+        kept.meta["nn_module_stack"] = windows.map.meta["nn_module_stack"]
+        windows.output.replace_all_uses_with(kept, delete_user_cb=lambda user: user is not kept)
+
+
+@dataclass(frozen=True)
+class _Windows:
+    """An attention over windows of a map: its path, map and nodes, the windows (rows, tokens, C) that it reads, what it makes."""
+
+    path: str
+    map: fx.Node
+    nodes: tuple[fx.Node, ...]
+    entry: fx.Node
+    readers: tuple[fx.Node, ...]
+    output: fx.Node
+    dependent: set[fx.Node]
+
+
+def _windows(gm: fx.GraphModule, block: Block) -> _Windows | None:
+    """The attention of a block of maps, if it has one module, one input of three dimensions and one output like it."""
+    layers = [layer for node in block.nodes if (layer := non_parametric(gm, node)) and layer.kind in ("softmax", "attention")]
+    if len(layers) != 1:
+        return None
+    path = owner_path(layers[0].node)
+    nodes = tuple(n for n in block.nodes if any(place == path for place, _ in module_stack(n)) and n.target != path)
+    dependent = dependent_nodes(gm)
+    entries = {o for n in nodes for o in n.all_input_nodes if o not in nodes and o in dependent and _rank(o) == 3}
+    outputs = {n for n in nodes if any(user not in nodes for user in n.users) and _rank(n) == 3}
+    if len(entries) != 1 or len(outputs) != 1:
+        return None
+    (entry,), (output,) = entries, outputs
+    return _Windows(path, layers[0].node, nodes, entry, tuple(n for n in entry.users if n in nodes), output, dependent)
+
+
+def _rank(node: fx.Node) -> int:
+    value: Any = node.meta.get("val")
+    return value.ndim if isinstance(value, torch.Tensor) else 0
+
+
+def _around_map(gm: fx.GraphModule, block: Block, layout: Layout) -> None:
+    readers = [user for user in block.entry.users if user in block.nodes]
+    order: Any = layout.order
+    with building_like(a_weight(gm)) as factory:
+        prompt = PromptBorder(block.path, order, (layout.height, layout.width), layout.channels, **factory)
+    _read_through(gm, block.path, prompt, block.entry, readers)
+    inner, whole = slice(1, -1), slice(None)
+    place = (whole, whole, inner, inner) if layout.order == "BCHW" else (whole, inner, inner)
+    with gm.graph.inserting_before(block.output.next):
+        kept = gm.graph.call_function(operator.getitem, (block.output, place))
+    block.output.replace_all_uses_with(kept, delete_user_cb=lambda user: user is not kept)
+
+
+def _read_through(gm: fx.GraphModule, parent: str, prompt: nn.Module, value: fx.Node, readers: Sequence[fx.Node]) -> None:
+    """Let `readers` read `prompt(value)` in the place of `value`."""
+    with gm.graph.inserting_before(min(readers)):
+        call = call_inserted(gm, free_path(gm, parent, "visual_prompt"), prompt, (value,), like=value)
+    for reader in readers:
+        reader.replace_input_with(value, call)
+
+
+def _recompute_shapes(gm: fx.GraphModule, block: Block) -> None:
+    for node in block.nodes:
+        node.meta.pop("val", None)
+    try:
+        propagate(gm)
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise PassError(
+            f"InsertVisualPrompt: {block.path} was built for its number of tokens and takes no more ({reason}); "
+            "take another recipe, such as bias+lrp."
+        ) from error

@@ -1,0 +1,70 @@
+"""Visual prompts: learned tokens, or a learned border, that a block reads beside its input.
+
+Jia et al., Visual Prompt Tuning (2022), the deep form: every block has its own, and what it makes of them is dropped.
+"""
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from s2a_fx.errors import ShapeError
+
+
+def _uniform(tensor: torch.Tensor, channels: int) -> nn.Parameter:
+    """As in VPT's own code: Xavier's bound for a projection of 16 x 16 patches of three colours."""
+    bound = math.sqrt(6 / (3 * 16 * 16 + channels))
+    return nn.Parameter(tensor.uniform_(-bound, bound))
+
+
+class PromptTokens(nn.Module):
+    """From (B, N, C) to (B, N + tokens, C): learned tokens after the first `prefix` ones. Keeps nothing."""
+
+    def __init__(self, tokens: int, channels: int, prefix: int = 0, **factory: Any) -> None:
+        super().__init__()
+        self.prefix = prefix
+        self.tokens = _uniform(torch.empty(tokens, channels, **factory), channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = self.tokens.expand(x.shape[0], -1, -1)
+        parts = [x[:, : self.prefix], tokens, x[:, self.prefix :]] if self.prefix else [tokens, x]
+        return torch.cat(parts, 1)
+
+    def extra_repr(self) -> str:
+        return f"tokens={self.tokens.shape[0]}, channels={self.tokens.shape[1]}, prefix={self.prefix}"
+
+
+class PromptBorder(nn.Module):
+    """A learned border, one position wide, around a map: from H x W to (H + 2) x (W + 2). Keeps nothing.
+
+    Args:
+        name: of the place it stands at, for errors.
+        order: `BCHW` or `BHWC`.
+        grid: (H, W).
+        channels: C.
+    """
+
+    def __init__(self, name: str, order: Literal["BCHW", "BHWC"], grid: tuple[int, int], channels: int, **factory: Any) -> None:
+        super().__init__()
+        self.name, self.order, self.grid = name, order, grid
+        height, width = grid
+        self.rows = _uniform(torch.empty(2, *self._shape(channels, 1, width + 2), **factory), channels)
+        self.columns = _uniform(torch.empty(2, *self._shape(channels, height, 1), **factory), channels)
+
+    def _shape(self, channels: int, height: int, width: int) -> tuple[int, int, int]:
+        return (channels, height, width) if self.order == "BCHW" else (height, width, channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        down, across = (2, 3) if self.order == "BCHW" else (1, 2)
+        if (x.shape[down], x.shape[across]) != self.grid:
+            raise ShapeError(
+                f"{self.name}: the prompt's border was built for {self.grid[0]}x{self.grid[1]} positions, got "
+                f"{x.shape[down]}x{x.shape[across]}; call transform() with inputs of the size you train on."
+            )
+        top, bottom = self.rows.unsqueeze(1).expand(-1, x.shape[0], -1, -1, -1).unbind()
+        left, right = self.columns.unsqueeze(1).expand(-1, x.shape[0], -1, -1, -1).unbind()
+        return torch.cat((top, torch.cat((left, x, right), across), bottom), down)
+
+    def extra_repr(self) -> str:
+        return f"{self.order}, grid={self.grid}"

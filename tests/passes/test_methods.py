@@ -1,0 +1,336 @@
+"""The methods that S2A is compared with: LoRA, adapters, visual prompts, UniPT, LST and checkpointing, on four families."""
+
+import copy
+import re
+
+import pytest
+import torch
+from saved_bytes import cosine
+from small_models import small_model
+from steps import layers, step, ten_steps
+from torch import nn
+
+import s2a_fx
+from s2a_fx.analysis.measure import measure_peak_bytes, measure_saved_bytes
+from s2a_fx.analysis.notes import notes_of
+from s2a_fx.passes import (
+    AttachLadder,
+    AttachSideBranch,
+    AttachUniPT,
+    CheckpointBlocks,
+    FreezeWeights,
+    InsertAdapter,
+    InsertLoRA,
+    InsertLowRankPrompt,
+    InsertVisualPrompt,
+)
+
+METHODS = ["lora", "adapter", "vpt", "unipt", "lst"]
+WITHOUT_EFFECT_AT_FIRST = ["lora", "adapter"]
+
+
+def at_length(*recipes):
+    """Recipes of which the first is tried always, the others in the slow run."""
+    return [recipes[0], *(pytest.param(recipe, marks=pytest.mark.slow) for recipe in recipes[1:])]
+
+
+COMBINED = at_length("lora+compress", "adapter+compress", "vpt+compress", "unipt+compress", "lst+compress", "lora+compress-max")
+CHECKPOINTED = at_length("bias+checkpoint", "full+checkpoint", "lora+checkpoint", "vpt+checkpoint")
+
+
+def trained(gm):
+    return {name for name, p in gm.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("recipe", [*METHODS, *COMBINED, *CHECKPOINTED])
+def test_predicted_bytes_equal_bytes_held_by_autograd(family, recipe):
+    model, x = small_model(family)
+    gm = s2a_fx.transform(model, x, recipe)
+    assert s2a_fx.analyze(gm, x).saved_bytes == measure_saved_bytes(gm, (x,))
+
+
+@pytest.mark.parametrize("recipe", at_length("bias+checkpoint", *METHODS))
+def test_predicted_peak_is_within_two_percent_of_the_allocator_s(family, recipe):
+    model, x = small_model(family)
+    gm = s2a_fx.transform(model, x, recipe)
+    optimizer = torch.optim.AdamW([p for p in gm.parameters() if p.requires_grad])
+    assert s2a_fx.analyze(gm, x).peak_bytes == pytest.approx(measure_peak_bytes(gm, (x,), optimizer), rel=0.02)
+
+
+@pytest.mark.parametrize("recipe", METHODS)
+def test_ten_steps_lower_the_loss_and_change_what_trains_alone(family, recipe):
+    model, x = small_model(family)
+    gm = s2a_fx.transform(model, x, recipe)
+    before = {name: p.detach().clone() for name, p in gm.named_parameters()}
+    losses = ten_steps(gm, x)
+    assert losses[-1] < 0.7 * losses[0]
+    changed = {name for name, p in gm.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == trained(gm)
+
+
+@pytest.mark.parametrize("recipe", WITHOUT_EFFECT_AT_FIRST)
+def test_output_equals_the_original_at_initialization(family, recipe):
+    model, x = small_model(family)
+    gm = s2a_fx.transform(model, x, recipe)
+    for mode in (True, False):
+        outputs = []
+        for m in (gm, model):
+            torch.manual_seed(1)
+            outputs.append(m.train(mode)(x))
+        torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("recipe", METHODS)
+def test_state_dict_round_trip(family, recipe):
+    model, x = small_model(family)
+    gm = s2a_fx.transform(model, x, recipe)
+    ten_steps(gm, x)
+    other = s2a_fx.transform(small_model(family)[0], x, recipe)
+    other.load_state_dict(gm.state_dict())
+    assert torch.equal(other.eval()(x), gm.eval()(x))
+
+
+@pytest.mark.parametrize("recipe", METHODS)
+def test_weights_of_the_backbone_keep_their_names_and_train_no_more(family, recipe):
+    model, x = small_model(family)
+    gm = s2a_fx.transform(model, x, recipe)
+    names = {n for n, _ in model.named_parameters()}
+    assert names <= {n for n, _ in gm.named_parameters()}
+    heads = {n for n in names if n.startswith(("head.", "fc."))}
+    assert trained(gm) & names <= heads
+
+
+@pytest.mark.parametrize("recipe", METHODS)
+def test_another_batch_size(family, recipe):
+    model, x = small_model(family)
+    gm = s2a_fx.transform(model, x, recipe).eval()
+    torch.testing.assert_close(gm(torch.cat((x, x)))[:2], gm(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("recipe", ["unipt", "lst"])
+def test_beside_a_frozen_network_nothing_of_it_is_kept(family, recipe):
+    model, x = small_model(family)
+    report = s2a_fx.analyze(s2a_fx.transform(model, x, recipe), x)
+    own = ("parallel_network", "ladder", "head", "fc", "")
+    assert {row.module.split(".")[0] for row in report.activations} <= {*own, "global_pool"}
+
+
+@pytest.mark.parametrize("recipe", CHECKPOINTED)
+def test_checkpointing_changes_no_gradient(family, recipe):
+    model, x = small_model(family)
+    plain = s2a_fx.transform(model, x, recipe.removesuffix("+checkpoint"))
+    gm = s2a_fx.transform(plain, x, (CheckpointBlocks(),))
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for p in plain.parameters():
+            p.add_(0.01 * torch.randn_like(p))
+    (y, exact), (output, actual) = step(plain, x), step(gm, x)
+    torch.testing.assert_close(output, y)
+    assert actual.keys() == exact.keys()
+    for name, gradient in actual.items():
+        torch.testing.assert_close(gradient, exact[name])
+
+
+def test_checkpointed_blocks_draw_the_same_again():
+    model, x = small_model("vit", proj_drop_rate=0.3, drop_path_rate=0.3)
+    gm = s2a_fx.transform(model, x, "bias")
+    checkpointed = s2a_fx.transform(gm, x, (CheckpointBlocks(),))
+    (y, exact), (output, actual) = step(gm, x), step(checkpointed, x)
+    assert torch.equal(output, y)
+    assert all(torch.equal(actual[name], exact[name]) for name in exact)
+
+
+@pytest.mark.parametrize("recipe", COMBINED)
+def test_compressed_gradients_are_near(family, recipe):
+    model, x = small_model(family)
+    plain = s2a_fx.transform(model, x, recipe.rpartition("+")[0])
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for p in plain.parameters():
+            if p.requires_grad:
+                p.add_(0.02 * torch.randn_like(p))
+    gm = s2a_fx.transform(plain, x, s2a_fx.recipes.SUFFIXES[recipe.rpartition("+")[2]])
+    (y, exact), (output, actual) = step(plain, x), step(gm, x)
+    torch.testing.assert_close(output, y, rtol=1e-4, atol=1e-5)
+    together = [torch.cat([grads[n].flatten() for n in exact if n != "input"]) for grads in (actual, exact)]
+    assert cosine(*together) > 0.99
+
+
+def peft_name(name):
+    return re.sub(r"qkv_lora\.([AB])", r"qkv.lora_\1.default", name)
+
+
+def test_lora_equals_peft_s(vit):
+    peft = pytest.importorskip("peft")
+    model, x = vit
+    reference = copy.deepcopy(model)
+    for p in reference.parameters():
+        p.requires_grad_(False)
+    reference = peft.get_peft_model(reference, peft.LoraConfig(r=4, lora_alpha=12, target_modules=["qkv"])).get_base_model()
+    gm = s2a_fx.transform(model, x, (FreezeWeights(keep=("head",)), InsertLoRA(rank=4, alpha=12)))
+    gm.head.requires_grad_(False)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for name, mine in gm.named_parameters():
+            if "_lora" in name:
+                reference.get_parameter(peft_name(name)).copy_(mine.normal_(std=0.1))
+    (y, exact), (output, actual) = step(reference, x), step(gm, x)
+    torch.testing.assert_close(output, y, rtol=1e-5, atol=1e-6)
+    for name, gradient in actual.items():
+        path = name.replace("qkv_lora.A.weight", "qkv.lora_A.default.weight").replace(
+            "qkv_lora.B.weight", "qkv.lora_B.default.weight"
+        )
+        torch.testing.assert_close(gradient, exact[path], rtol=1e-4, atol=1e-5)
+    assert measure_saved_bytes(gm, (x,)) == measure_saved_bytes(reference, (x,))
+
+
+def adapted(model, x, **options):
+    gm = s2a_fx.transform(model, x, (FreezeWeights(keep=("head",)), InsertLoRA(**options)))
+    return sorted(name for name, m in gm.named_modules() if name.endswith("_lora")), gm
+
+
+@pytest.mark.parametrize(
+    ("family_name", "first"),
+    [
+        ("vit", "blocks.0.attn.qkv_lora"),
+        ("swin", "layers.0.blocks.0.attn.qkv_lora"),
+        ("convnext", "stages.0.blocks.0.mlp.fc1_lora"),
+        ("resnet", "layer1.0.conv1_lora"),
+    ],
+)
+def test_lora_stands_by_default_where_the_method_says(family_name, first):
+    assert adapted(*small_model(family_name))[0][0] == first
+
+
+def test_lora_stands_where_patterns_say(vit):
+    assert adapted(*vit, targets=("fc1", "blocks.2.attn.proj"))[0] == [
+        *(f"blocks.{i}.mlp.fc1_lora" for i in range(2)),
+        "blocks.2.attn.proj_lora",
+        "blocks.2.mlp.fc1_lora",
+    ]
+
+
+def test_lora_says_what_layers_there_are(vit):
+    with pytest.raises(s2a_fx.PassError, match=r"no layer is called 'query'; there are .*qkv, fc1, fc2, head"):
+        adapted(*vit, targets=("query",))
+
+
+def test_lora_leaves_other_layers_alone_with_a_note():
+    _, gm = adapted(*small_model("convnext"), targets=("conv_dw", "fc1"))
+    assert any(n.node == "stages_0_blocks_0_conv_dw" and "one group" in n.reason for n in notes_of(gm))
+
+
+@pytest.mark.parametrize("options", [{"rank": 0}, {"alpha": -1.0}, {"targets": "qkv"}, {"targets": ()}], ids=str)
+def test_lora_refuses_bad_options(options):
+    with pytest.raises(s2a_fx.InputError, match="InsertLoRA: "):
+        InsertLoRA(**options)
+
+
+def test_two_adapters_a_block_of_a_transformer_or_its_last_alone(vit):
+    model, x = vit
+    both, last = (s2a_fx.transform(model, x, (InsertAdapter(last=last),)) for last in (False, True))
+    assert (len(layers(both, "Adapter")), len(layers(last, "Adapter"))) == (6, 3)
+
+
+def test_adapters_refuse_a_reduction_that_does_not_divide(vit):
+    with pytest.raises(s2a_fx.InputError, match="192 channels, which reduction=7 does not divide"):
+        s2a_fx.transform(*vit, (InsertAdapter(reduction=7),))
+
+
+def test_prompts_are_extra_tokens_that_only_the_block_sees(vit):
+    model, x = vit
+    gm = s2a_fx.transform(model, x, (InsertVisualPrompt(tokens=5),))
+    assert next(n for n in gm.graph.nodes if n.target == "blocks.0.mlp.fc1").meta["val"].shape == (2, 22, 768)
+    assert [tuple(n.meta["val"].shape) for n in gm.graph.nodes if n.target is torch.cat][1:] == [(2, 17, 192)] * 3
+    prompts = [m.tokens.shape for m in layers(gm, "PromptTokens")]
+    assert prompts == [(5, 192)] * 3
+
+
+def test_prompts_in_windows_are_keys_of_every_window():
+    model, x = small_model("swin")
+    gm = s2a_fx.transform(model, x, (InsertVisualPrompt(tokens=6),))
+    maps = [n.meta["val"].shape[-2:] for n in gm.graph.nodes if str(n.target).endswith("attn.softmax")]
+    windows = [49, 49, 16, 16, 4]  # tokens of each block's windows
+    assert maps == [(tokens + 6, tokens + 6) for tokens in windows]
+
+
+def test_prompts_skip_stages():
+    model, x = small_model("swin")
+    gm = s2a_fx.transform(model, x, (InsertVisualPrompt(tokens=6, skip=1),))
+    assert all("layers.0" not in name for name, m in gm.named_modules() if type(m).__name__ == "PromptTokens")
+    assert len(layers(gm, "PromptTokens")) == 4
+
+
+def test_a_border_refuses_another_size():
+    model, x = small_model("convnext")
+    gm = s2a_fx.transform(model, x, "vpt")
+    with pytest.raises(s2a_fx.ShapeError, match=r"border was built for 16x16 positions, got 24x24"):
+        gm(torch.randn(2, 3, 96, 96))
+
+
+def test_blocks_that_cannot_take_more_tokens_are_refused():
+    import timm
+
+    model = timm.create_model("beit_base_patch16_224", depth=2, num_classes=5)
+    with pytest.raises(s2a_fx.PassError, match=r"blocks\.1 was built for its number of tokens"):
+        s2a_fx.transform(model, torch.randn(2, 3, 224, 224), "vpt")
+
+
+class Headless(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.a(x).relu()
+
+
+@pytest.mark.parametrize(
+    "graph_pass", [InsertLoRA(), InsertAdapter(), InsertVisualPrompt(), AttachUniPT(), AttachLadder(), CheckpointBlocks()]
+)
+def test_a_model_without_what_a_method_needs_is_refused(graph_pass):
+    with pytest.raises(s2a_fx.PassError, match=type(graph_pass).__name__):
+        s2a_fx.transform(Headless(), torch.randn(2, 8), (graph_pass,))
+
+
+def test_a_second_ladder_is_refused(vit):
+    with pytest.raises(s2a_fx.PassError, match="has a ladder already"):
+        s2a_fx.transform(*vit, (AttachLadder(), AttachLadder()))
+
+
+def test_the_gate_of_a_ladder_starts_half_way(vit):
+    gm = s2a_fx.transform(*vit, "lst")
+    assert [m.gate.item() for m in layers(gm, "LadderLayer")] == [0.0] * 3
+
+
+def test_a_prompt_of_cells_is_the_same_within_each_cell():
+    model, x = small_model("convnext")
+    gm = s2a_fx.transform(model, x, (InsertLowRankPrompt(rank=2, cells=2),))
+    prompt = layers(gm, "LowRankPrompt")[0]
+    assert prompt.A.shape == (4, 2)
+    with torch.no_grad():
+        prompt.A.normal_()
+    zero = torch.zeros(1, prompt.channels, *prompt.grid)
+    added = prompt(zero)[0]
+    assert torch.equal(added[:, :8, :8], added[:, :1, :1].expand(-1, 8, 8))
+    assert not torch.equal(added[:, 0, 0], added[:, 15, 15])
+
+
+def test_cells_that_do_not_divide_are_refused():
+    with pytest.raises(s2a_fx.InputError, match="16x16, which cells=3 does not divide"):
+        s2a_fx.transform(*small_model("convnext"), (InsertLowRankPrompt(cells=3),))
+
+
+def test_a_side_branch_of_some_blocks():
+    model, x = small_model("convnext")
+    gm = s2a_fx.transform(model, x, (AttachSideBranch(skip=1, every=2),))
+    assert [name for name, m in gm.named_modules() if type(m).__name__ == "LiteSideBlock"] == [
+        "side_branch.stages_2_blocks_0.block",
+        "side_branch.stages_3_blocks_0.block",
+    ]
+
+
+@pytest.mark.parametrize("name", ["lora+", "lora+zip", "nothing+compress", "s2a+compress+compress"])
+def test_unknown_recipes_are_told(name):
+    with pytest.raises(s2a_fx.InputError, match="with or without \\+compress"):
+        s2a_fx.recipes.resolve(name)

@@ -6,7 +6,8 @@ Counted, each in 4-byte elements at the traced batch size:
 2. the input of every linear, convolution and normalization layer whose weight trains, eq. (2);
 3. the input of every GELU, SiLU and ReLU and the map of every softmax, eq. (7) to (12), where a gradient flows through it, or
    through any other block of the backbone; of a quantized one, `bits` instead of 32 bits an element;
-4. the codes of the compression engine's layers, which the paper does not know, norms and attention included.
+4. the codes of the compression engine's layers, which the paper does not know, norms and attention included; the input of a
+   checkpointed block.
 
 The paper leaves out: q, k and v of the attention's products; what a frozen normalization or convolution keeps; the side branch's
 normalization and activation; the low-rank prompt; gradients, optimizer state and temporaries. The `saved` and `peak` figures
@@ -25,6 +26,7 @@ from s2a_fx.analysis.blocks import residual_blocks
 from s2a_fx.analysis.flow import trained_nodes
 from s2a_fx.analysis.non_parametric import non_parametric
 from s2a_fx.analysis.provenance import module_stack
+from s2a_fx.nn.checkpointed import Checkpointed
 from s2a_fx.nn.coded import CodedActivation, CodedLayerNorm, MaskedActivation
 from s2a_fx.nn.coded_attention import CodedAttention
 from s2a_fx.nn.coded_input import CodedInput
@@ -100,6 +102,8 @@ def _kept_bits(gm: fx.GraphModule, node: fx.Node) -> int:
         return _map_elements(*node.all_input_nodes[:2]) * module.bits
     if isinstance(module, CodedInput):
         return sum(_elements(operand) for operand in node.all_input_nodes[: module.activations]) * module.codec.bits
+    if isinstance(module, Checkpointed):
+        return _elements(node.all_input_nodes[0]) * 32
     if isinstance(module, RecomputedBranch):
         return _elements(node.all_input_nodes[0]) * module.codec.bits
     if isinstance(module, CodedMLP):

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import fx
+from torch.autograd.graph import _engine_run_backward
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -22,6 +23,7 @@ from s2a_fx.analysis.device import CPU, DeviceModel
 from s2a_fx.analysis.fake import fake_mode, fake_modules, fake_tensor, traced_inputs
 from s2a_fx.analysis.loss import default_loss, describe_loss
 from s2a_fx.analysis.optimizer import make_optimizer, stand_ins
+from s2a_fx.errors import InputError
 from s2a_fx.nn.checkpointed import Checkpointed
 from s2a_fx.nn.recompute import at_most_parts
 from s2a_fx.ops import SAVED, lines_of
@@ -124,7 +126,7 @@ def simulate(
                 del output
                 if value.requires_grad:
                     ledger.enter("backward", "")
-                    value.backward()
+                    _run_backward(value)
                     ledger.claim((p.grad for p in trained if p.grad is not None), "gradient")
                 del value
                 if steps is not None:
@@ -135,6 +137,13 @@ def simulate(
     ledger.close()
     assumptions = device.assumptions if forward_only else (*device.assumptions, described)
     return StepRecord(tuple(ledger.storages), saves, _in_steady_state(ledger), assumptions)
+
+
+def _run_backward(value: torch.Tensor) -> None:
+    """`value.backward()`, but a mode for functions stays on: torch's own call suspends it, and with it what is computed again."""
+    if value.numel() != 1:
+        raise InputError(f"loss: got a tensor of shape {tuple(value.shape)}, wanted a single number; take its mean.")
+    _engine_run_backward((value,), (torch.ones_like(value),), False, False, (), allow_unreachable=True, accumulate_grad=True)
 
 
 def _in_steady_state(ledger: "_Ledger") -> tuple[Event, ...]:

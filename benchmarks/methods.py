@@ -2,22 +2,18 @@
 
 The recipes of s2a_fx, and what a user would pick instead:
 
-    full, bias                          the timm model as it is; biases and head, by the rule of the recipe `bias`
-    full+checkpoint, bias+checkpoint    the same with torch.utils.checkpoint around every residual block
-    lora                                PEFT's LoRA and the head: the paper's rank 48 on qkv, or rank 16 on a ConvNeXt's MLPs
+    full, bias     the timm model as it is; biases and head, by the rule of the recipe `bias`
+    peft-lora      PEFT's LoRA and the head: the paper's rank 48 on qkv, or rank 16 on a ConvNeXt's MLPs
 
 Each takes the timm model over; build a fresh one for every method.
 """
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 import s2a_fx
-from s2a_fx.analysis.blocks import residual_blocks
 
 Method = Callable[[nn.Module, torch.Tensor], nn.Module]
 
@@ -37,11 +33,11 @@ def lora(model: nn.Module, example: torch.Tensor) -> nn.Module:
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
-        raise s2a_fx.InputError("lora needs PEFT: pip install peft") from None
+        raise s2a_fx.InputError("peft-lora needs PEFT: pip install peft") from None
     names = [name for name, _ in model.named_modules()]
     rank = next((r for target, r in LORA_TARGETS.items() if any(n.endswith("." + target) for n in names)), None)
     if rank is None:
-        raise s2a_fx.InputError(f"lora: {type(model).__name__} has none of {', '.join(LORA_TARGETS)}")
+        raise s2a_fx.InputError(f"peft-lora: {type(model).__name__} has none of {', '.join(LORA_TARGETS)}")
     heads = {n for n, p in _train_as(model, example, "linear").named_parameters() if p.requires_grad}
     targets = [target for target, r in LORA_TARGETS.items() if r == rank]
     adapted = get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, target_modules=targets)).get_base_model()
@@ -49,20 +45,6 @@ def lora(model: nn.Module, example: torch.Tensor) -> nn.Module:
         if name in heads:
             parameter.requires_grad_(True)
     return adapted
-
-
-def checkpointed(method: Method) -> Method:
-    """`method`, whose residual blocks keep their inputs alone and run again in the backward."""
-
-    def build(model: nn.Module, example: torch.Tensor) -> nn.Module:
-        paths = [block.path for block in residual_blocks(s2a_fx.trace(model, example))]
-        model = method(model, example)
-        for path in paths:
-            block = model.get_submodule(path)
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-        return model
-
-    return build
 
 
 def _train_as(model: nn.Module, example: torch.Tensor, recipe: str) -> nn.Module:
@@ -79,13 +61,8 @@ def _transformed(recipe: str) -> Method:
 
 
 METHODS: dict[str, Method] = {
-    **{recipe: _transformed(recipe) for recipe in s2a_fx.RECIPES},
+    **{recipe: _transformed(recipe) for recipe in (*s2a_fx.RECIPES, "full+checkpoint", "bias+checkpoint", "lora+compress")},
     "full": full,
     "bias": bias,
-    "full+checkpoint": checkpointed(full),
-    "bias+checkpoint": checkpointed(bias),
-    "lora": lora,
+    "peft-lora": lora,
 }
-
-NOT_PREDICTED = ("full+checkpoint", "bias+checkpoint")
-"""Tracing goes through a checkpoint as if it were not there: a report would be of the method without it."""

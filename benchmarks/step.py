@@ -24,7 +24,7 @@ import record
 import timm
 import torch
 import torch.nn.functional as F
-from methods import METHODS, NOT_PREDICTED
+from methods import METHODS
 from tabulate import tabulate
 from torch import nn
 
@@ -117,7 +117,7 @@ def measure(name: str, method: str, setting: Setting, batch_size: int) -> Memory
     if not batch_size:
         return Memory(trained)
     report = None
-    if method not in NOT_PREDICTED and not setting.amp:
+    if not setting.amp:
         try:
             report = s2a_fx.analyze(model, x, device=setting.device)
         except s2a_fx.S2AError as error:

@@ -65,3 +65,8 @@ def test_a_frozen_model_has_a_forward_and_no_backward():
     report = s2a_fx.analyze(nn.Sequential(model), torch.randn(2, 4))
     assert report.saved_bytes == 0
     assert "backward" not in {m.phase for m in report.timeline}
+
+
+def test_a_loss_that_is_no_number_is_refused(vit):
+    with pytest.raises(s2a_fx.InputError, match=r"loss: got a tensor of shape \(2, 5\)"):
+        s2a_fx.analyze(*vit, loss=lambda y: y)

@@ -11,8 +11,10 @@ from steps import layers, step, ten_steps
 from torch import nn
 
 import s2a_fx
+from s2a_fx.analysis.device import device_model
 from s2a_fx.analysis.measure import measure_peak_bytes, measure_saved_bytes
 from s2a_fx.analysis.notes import notes_of
+from s2a_fx.analysis.simulation import simulate
 from s2a_fx.passes import (
     AttachLadder,
     AttachSideBranch,
@@ -129,6 +131,15 @@ def test_checkpointing_changes_no_gradient(family, recipe):
     assert actual.keys() == exact.keys()
     for name, gradient in actual.items():
         torch.testing.assert_close(gradient, exact[name])
+
+
+def test_what_checkpoints_recompute_is_simulated_with_the_device_s_kernels(vit):
+    model, x = vit
+    gm = s2a_fx.transform(model, x, "bias+checkpoint")
+    events = [simulate(gm, device=device_model(device)).events for device in ("cpu", "cuda")]
+    on_cpu, on_cuda = ({e.place.op for e in of_device if e.place.phase == "backward"} for of_device in events)
+    assert any("for_cpu" in op for op in on_cpu)
+    assert not any("for_cpu" in op for op in on_cuda)
 
 
 def test_checkpointed_blocks_draw_the_same_again():

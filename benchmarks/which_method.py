@@ -2,7 +2,8 @@
 
     python benchmarks/which_method.py [--models ...] [--dtypes float32 bfloat16] [--cards 8 16 24]
 
-Nothing runs but simulations. Peaks are simulated at two batch sizes; the largest batch for a card lies on the line through them.
+Nothing runs but simulations. A peak is the largest of several lines in the batch size: simulated at a few sizes, it lies below the
+chords between them, from which the largest batch for a card is read.
 Writes which_method.json and docs/which-method-fits-my-card.md.
 """
 
@@ -14,34 +15,44 @@ import record
 from tabulate import tabulate
 
 import s2a_fx
+from s2a_fx.analysis.device import CUDA
+from s2a_fx.analysis.peak import peak, timeline
+from s2a_fx.analysis.simulation import simulate
 from s2a_fx.fork_map import fork_map
 from s2a_fx.zoo import timm_model
 
 MODELS = ["vit_base_patch16_224", "swin_base_patch4_window7_224", "convnext_base"]
 METHODS = ["full", "full+checkpoint", "linear", "bias", "bias+checkpoint", "lora", "lora+compress", "adapter", "adapter+compress"]
 METHODS += ["vpt", "vpt+compress", "unipt", "lst", "bias+lrp+lsb", "s2a-paper", "s2a", "s2a-max"]
-BATCHES = (8, 32)
+BATCH = 32
+SIZES = (2, 8, BATCH, 128, 512, 2048, 8192)
 PAGE = Path(__file__).parent.parent / "docs" / "which-method-fits-my-card.md"
 
 
 def figures(case: tuple[str, str, str], cards: list[int]) -> dict[str, object]:
     name, dtype, method = case
-    reports = []
-    for batch in BATCHES:
-        model, example = timm_model(name, num_classes=100, batch_size=batch, dtype=dtype)
-        reports += s2a_fx.compare(model, example, [method], device="cuda").reports
-    few, many = reports
-    each = (many.peak_bytes - few.peak_bytes) / (BATCHES[1] - BATCHES[0])
+    model, example = timm_model(name, num_classes=100, batch_size=BATCH, dtype=dtype)
+    gm = s2a_fx.transform(model, example, method)
+    report = s2a_fx.analyze(gm, example, device="cuda")
+    peaks = {size: peak(timeline(gm, simulate(gm, device=CUDA, batch_size=size))).bytes for size in SIZES}
     return {
         "model": name,
         "dtype": dtype,
         "method": method,
-        "trained_percent": round(many.trainable_percent, 2),
-        "saved_bytes": many.saved_bytes,
-        "kept_bytes": many.kept_bytes,
-        "peak_bytes": many.peak_bytes,
-        "largest_batch": {card: max(0, int((card * 1e9 - few.peak_bytes) / each) + BATCHES[0]) for card in cards},
+        "trained_percent": round(report.trainable_percent, 2),
+        "saved_bytes": report.saved_bytes,
+        "kept_bytes": report.kept_bytes,
+        "peak_bytes": report.peak_bytes,
+        "largest_batch": {card: largest_batch(peaks, card * 10**9) for card in cards},
     }
+
+
+def largest_batch(peaks: dict[int, int], budget: int) -> int:
+    """The largest batch whose peak, read off the chords between those simulated, fits the budget; 0 if none does."""
+    for low, high in itertools.pairwise(peaks):
+        if peaks[low] <= budget < peaks[high]:
+            return low + int((budget - peaks[low]) * (high - low) / (peaks[high] - peaks[low]))
+    return 0 if budget < peaks[SIZES[0]] else SIZES[-1]
 
 
 def page(rows: list[dict[str, object]], cards: list[int], command: str) -> str:
@@ -49,7 +60,7 @@ def page(rows: list[dict[str, object]], cards: list[int], command: str) -> str:
         "# Which method fits my card?",
         f"""
 What a training step keeps and peaks at, for images of 224 x 224 pixels, 100 classes and AdamW, predicted for a CUDA device by
-`{command}`. *kept*: weights and all that autograd keeps at batch {BATCHES[1]}; *peak*: everything that stands at the
+`{command}`. *kept*: weights and all that autograd keeps at batch {BATCH}; *peak*: everything that stands at the
 worst moment of the step. The last columns say how many images go into a step on a card of so many GB (10^9 bytes) with nothing
 else on it: leave room for CUDA's own context and the allocator's fragmentation. What a method costs in accuracy is not told here.
 
@@ -73,7 +84,7 @@ go with any method: `s2a_fx.transform(model, (x,), "lora+compress")`.
         headers = ("recipe", "trained %", "kept MB", "peak MB", *(f"images in {card} GB" for card in cards))
         align = ("left", *["right"] * (len(headers) - 1))
         parts.append(f"## {name}, {dtype}\n\n" + tabulate(lines, headers, tablefmt="github", disable_numparse=True, colalign=align))
-    return "\n".join(parts) + "\n"
+    return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
 def _mb(size: object) -> str:

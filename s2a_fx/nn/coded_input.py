@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from s2a_fx.codecs.rows import Coded, Rows
+from s2a_fx.nn.compiled import DecodedRows, recomputed
 from s2a_fx.nn.recompute import Circumstances, Recomputed, detached, needs_grad, parts, refuse_second_derivative
 from s2a_fx.ops import flat
 
@@ -68,7 +69,31 @@ class CodedInput(Recomputed):
         trained = self.trained()
         if not needs_grad(*arguments, *trained):
             return self.body(*arguments)  # type: ignore[no-any-return]
+        if torch.compiler.is_compiling():
+            return self.body(*arguments) if self.draws else self._compiled(*arguments)
         return _CodedInput.apply(self, len(arguments), *arguments, *trained)  # type: ignore[no-any-return]
+
+    def _compiled(self, *arguments: Any) -> torch.Tensor:
+        """`forward` for a compiler (see `nn/compiled.py`)."""
+        activations, operands = arguments[: self.activations], arguments[self.activations :]
+        with torch.no_grad():
+            value = self.body(*arguments)
+            coded = [self._encoded(index, x) for index, x in enumerate(activations)]
+
+        def part(*tensors: Any) -> torch.Tensor:
+            given = tensors[: 3 * self.activations]
+            decoded = [
+                DecodedRows.apply(*given[3 * i : 3 * i + 3], self.codec.bits, flat.is_channels_last(x) and i not in self.centered)
+                for i, x in enumerate(activations)
+            ]
+            return self.backward_body(*decoded, *tensors[3 * self.activations :])  # type: ignore[no-any-return]
+
+        given = [t for x, codes in zip(activations, coded, strict=True) for t in (x, *codes)]
+        return recomputed(part, value, *given, *operands)
+
+    def _encoded(self, index: int, x: torch.Tensor) -> Coded:
+        coded = torch.sub(x, x.mean(-2, keepdim=True), out=x.new_empty(x.shape)) if index in self.centered else x
+        return self.codec.encode(flat.rows(coded, GROUP))
 
     def extra_repr(self) -> str:
         return f"activations={self.activations}, bits={self.codec.bits}, centered={self.centered}, {self.parts}"
@@ -89,9 +114,9 @@ class _CodedInput(torch.autograd.Function):
         codes: list[torch.Tensor] = []
         ctx.layouts = []
         for index, x in enumerate(arguments[: module.activations]):
-            coded = torch.sub(x, x.mean(-2, keepdim=True), out=x.new_empty(x.shape)) if index in module.centered else x
-            codes += module.codec.encode(flat.rows(coded, GROUP))
-            ctx.layouts.append(_Layout(x.shape, x.dtype, flat.is_channels_last(coded), x.requires_grad))
+            codes += module._encoded(index, x)
+            channels_last = flat.is_channels_last(x) and index not in module.centered
+            ctx.layouts.append(_Layout(x.shape, x.dtype, channels_last, x.requires_grad))
         ctx.circumstances = Circumstances(*tensors)
         out = _output(module, arguments, _parts(module.parts, ctx.layouts) if module.parts.forward else WHOLE)
         ctx.circumstances.drawn()

@@ -13,7 +13,7 @@ from torch import nn
 from s2a_fx.codecs.bins import best_bins, encode_bins, scale_by_bins
 from s2a_fx.codecs.packing import packed_width
 from s2a_fx.nn.recompute import needs_grad, of_each_part, parts, refuse_second_derivative
-from s2a_fx.ops.activation import BINNED
+from s2a_fx.ops.activation import BINNED, binned
 
 
 class CodedMLP(nn.Module):
@@ -36,6 +36,9 @@ class CodedMLP(nn.Module):
         bias_2: torch.Tensor | None,
     ) -> torch.Tensor:
         frozen = not weight_1.requires_grad and not weight_2.requires_grad
+        if frozen and needs_grad(x, bias_1) and torch.compiler.is_compiling():
+            u = F.linear(x, weight_1, bias_1)
+            return F.linear(binned(u, self.name, self.bits)[0], weight_2, bias_2)
         if frozen and needs_grad(x, bias_1):
             return _CodedMLP.apply(x, weight_1, bias_1, weight_2, bias_2, self.name, self.bits)  # type: ignore[no-any-return]
         return F.linear(BINNED[self.name](F.linear(x, weight_1, bias_1)), weight_2, bias_2)

@@ -8,6 +8,8 @@ import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from s2a_fx.nn.compiled import may_draw
+
 PART_BYTES = 24 * 10**6
 """What the wide tensors of a part may take: smaller parts cost time, larger ones stand in the peak."""
 
@@ -29,6 +31,7 @@ class Recomputed(nn.Module):
     def __init__(self, body: fx.GraphModule, backward_body: fx.GraphModule) -> None:
         super().__init__()
         self.__dict__.update(body=body, backward_body=backward_body)
+        self.draws = may_draw(body)
 
     def trained(self) -> list[nn.Parameter]:
         """The part's parameters that train."""

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from s2a_fx.codecs.rows import Rows
+from s2a_fx.nn.compiled import DecodedNorm, recomputed
 from s2a_fx.nn.recompute import Circumstances, Recomputed, detached, needs_grad, parts, refuse_second_derivative
 from s2a_fx.ops.normalize import channel_means, normalize_backward, normalize_decode, normalize_encode, normalized
 
@@ -53,7 +54,28 @@ class RecomputedBranch(Recomputed):
         trained = self.trained()
         if not needs_grad(x, weight, bias, *operands, *trained):
             return self.body(self.norm(x, weight, bias)[0], *operands)  # type: ignore[no-any-return]
+        if torch.compiler.is_compiling():
+            return self.body(self.norm(x, weight, bias)[0], *operands) if self.draws else self._compiled(x, weight, bias, *operands)
         return _RecomputedBranch.apply(self, len(operands), x, weight, bias, *operands, *trained)  # type: ignore[no-any-return]
+
+    def _compiled(self, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, *operands: Any) -> torch.Tensor:
+        """`forward` for a compiler (see `nn/compiled.py`)."""
+        width = x.shape[-1]
+        with torch.no_grad():
+            y, mean, rstd = self.norm(x, weight, bias)
+            value = self.body(y, *operands)
+            rows = x.reshape(-1, width)
+            shift = channel_means(rows, mean, rstd)
+            codes = (*normalize_encode(rows, mean, rstd, shift, self.codec.bits, self.group), rstd.bfloat16(), shift)
+        scale = torch.ones(1, width, device=x.device) if weight is None else weight.view(1, width)
+        added = torch.zeros(1, width, device=x.device) if bias is None else bias.view(1, width)
+
+        def part(x: torch.Tensor, scale: torch.Tensor, added: torch.Tensor, *tensors: Any) -> torch.Tensor:
+            options = (self.codec.bits, self.norm.centered, y.dtype)
+            decoded = DecodedNorm.apply(x.reshape(-1, width), scale, added, *tensors[:4], *options)
+            return self.backward_body(decoded.view(x.shape), *tensors[4:])  # type: ignore[no-any-return]
+
+        return recomputed(part, value, x, scale, added, *codes, *operands)
 
     def extra_repr(self) -> str:
         return f"{self.norm}, bits={self.codec.bits}, group={self.group}, images={self.images}"

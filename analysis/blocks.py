@@ -124,7 +124,9 @@ def _members(gm: fx.GraphModule) -> dict[str, list[fx.Node]]:
     for node in gm.graph.nodes:
         if node.op in ("placeholder", "output", "get_attr"):
             continue
-        for path, _ in module_stack(node):
+        for path, kind in module_stack(node):
+            if getattr(kind, "__module__", "").startswith("s2a_fx.nn"):
+                break  # what passes insert, LoRA's sum say, is no block of the model's
             if not (node.op == "call_module" and path == node.target):
                 members.setdefault(path, []).append(node)
     return members

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from s2a_fx.analysis.blocks import residual_blocks
 from s2a_fx.analysis.layout import layout_of
 
 _PASSES_THROUGH = (nn.Identity, nn.Dropout, nn.Flatten)
@@ -58,18 +59,25 @@ def _is_transparent(gm: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def last_feature(gm: fx.GraphModule) -> fx.Node | None:
-    """The last feature with positions, which is pooled, or of which a token is taken, for the heads; None without one for all."""
-    found = {_positions_above(gm, node) for node in classification_heads(gm)}
+    """The last feature with positions, which is pooled, or of which a token is taken, for the heads; None without one for all.
+
+    It is the output of the last residual block, or computed from it: of a norm, say, but not a slice of its positions.
+    """
+    blocks = residual_blocks(gm)
+    found = {_positions_above(gm, node, blocks[-1].output) for node in classification_heads(gm)} if blocks else set()
     return found.pop() if len(found) == 1 else None
 
 
-def _positions_above(gm: fx.GraphModule, head: fx.Node) -> fx.Node | None:
+def _positions_above(gm: fx.GraphModule, head: fx.Node, last_output: fx.Node) -> fx.Node | None:
     node = head.all_input_nodes[0]
     pooled = node.meta["val"][:1].numel()
     while node.all_input_nodes:
         node = node.all_input_nodes[0]
         value = node.meta.get("val")
-        same = node.op == "call_module" and isinstance(gm.get_submodule(str(node.target)), nn.Identity)
-        if isinstance(value, torch.Tensor) and value[:1].numel() > pooled and layout_of(gm, node) and not same:
-            return node
+        passed_on = node.target is operator.getitem or (
+            node.op == "call_module" and isinstance(gm.get_submodule(str(node.target)), nn.Identity)
+        )
+        wide = isinstance(value, torch.Tensor) and value[:1].numel() > pooled and not passed_on
+        if wide or node is last_output:
+            return node if layout_of(gm, node) else None
     return None

@@ -18,6 +18,7 @@ _LAST_MODULES = (nn.Linear, nn.LayerNorm)
 _SECOND_FUNCTIONS = (F.conv2d, F.batch_norm, F.group_norm, F.avg_pool2d, F.max_pool2d, F.adaptive_avg_pool2d, F.interpolate)
 _LAST_FUNCTIONS = (F.linear, F.layer_norm)
 _TO_LAST, _TO_SECOND = (0, 2, 3, 1), (0, 3, 1, 2)
+_POOLED: dict[tuple[int, ...], Order] = {(2, 3): "BCHW", (1, 2): "BHWC"}
 _SEARCH_LIMIT = 200
 
 
@@ -110,6 +111,13 @@ def _breadth_first(node: fx.Node, below: bool) -> Iterator[fx.Node]:
                 yield other
 
 
+def _dimensions(node: fx.Node) -> tuple[int, ...]:
+    """The dimensions that a mean is taken over, counted from the front of four."""
+    dims = node.kwargs.get("dim", node.args[1:] if len(node.args) != 2 else node.args[1])
+    given = dims if isinstance(dims, (tuple, list)) else (dims,)
+    return tuple(sorted(d % 4 for d in given if isinstance(d, int)))
+
+
 def _order_told_by(gm: fx.GraphModule, node: fx.Node, below: bool) -> Order | None:
     if node.op == "call_module":
         module = gm.get_submodule(str(node.target))
@@ -118,6 +126,8 @@ def _order_told_by(gm: fx.GraphModule, node: fx.Node, below: bool) -> Order | No
         return "BHWC" if isinstance(module, _LAST_MODULES) else None
     if node.target in _SECOND_FUNCTIONS:
         return "BCHW"
+    if below and node.target in ("mean", torch.mean):
+        return _POOLED.get(_dimensions(node))
     if node.target in _LAST_FUNCTIONS:
         return "BHWC"
     if node.target in ("permute", torch.permute):

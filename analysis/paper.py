@@ -31,7 +31,6 @@ from s2a_fx.nn.coded import CodedActivation, CodedLayerNorm, MaskedActivation
 from s2a_fx.nn.coded_attention import CodedAttention
 from s2a_fx.nn.coded_input import CodedInput
 from s2a_fx.nn.coded_mlp import CodedMLP
-from s2a_fx.nn.ladder import LadderLayer
 from s2a_fx.nn.lite_side_branch import LiteSideBlock
 from s2a_fx.nn.quantized import (
     QuantizedAttention,
@@ -62,7 +61,7 @@ def paper_bytes(gm: fx.GraphModule) -> int:
 
 def _backbone_through_which_gradients_flow(gm: fx.GraphModule, trained: set[fx.Node]) -> set[fx.Node]:
     """The nodes of all residual blocks, (3), if any of these blocks is trained."""
-    blocks = [b for b in residual_blocks(gm) if not any(kind is LadderLayer for _, kind in module_stack(b.output))]
+    blocks = residual_blocks(gm)
     flows = any(block.output in trained for block in blocks)
     return {node for block in blocks for node in block.nodes} if flows else set()
 

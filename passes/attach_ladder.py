@@ -17,6 +17,7 @@ from s2a_fx.analysis.blocks import Block, residual_blocks
 from s2a_fx.analysis.head import last_feature
 from s2a_fx.analysis.layout import Layout, layout_of
 from s2a_fx.analysis.notes import add_note
+from s2a_fx.analysis.shapes import propagate
 from s2a_fx.errors import InputError, PassError
 from s2a_fx.nn.ladder import LadderLayer, LadderStart, LadderTop
 from s2a_fx.nn.lite_side_branch import SideTransition
@@ -43,9 +44,12 @@ class AttachLadder(Pass):
         last = last_feature(gm)
         layout = layout_of(gm, last) if last is not None else None
         if last is None or layout is None:
-            raise PassError("AttachLadder: the model has no classification head over one feature; build it with num_classes > 0.")
+            raise PassError(
+                "AttachLadder: found no classification head over one pooled feature; build the model with num_classes > 0, or take "
+                "another recipe if it pools otherwise than by a mean or a token."
+            )
         rungs = self._rungs(gm, last, layout)
-        if not rungs:
+        if len(rungs) < 2:
             raise PassError("AttachLadder: found no residual block laid out like the last feature; take another recipe.")
         readers = list(last.users)
         with building_like(a_weight(gm)) as factory:
@@ -63,7 +67,8 @@ class AttachLadder(Pass):
                 before = here
             top = LadderTop(layout.order, before.channels // self.reduction, layout.channels, **factory)
         made = call_spliced(gm, "ladder.top", top, (side,), before=max(side, last).next)
-        made.meta["val"] = last.meta["val"]
+        propagate(gm)
+        assert made.meta["val"].shape == last.meta["val"].shape
         for reader in readers:
             reader.replace_input_with(last, made)
         return True
@@ -77,7 +82,7 @@ class AttachLadder(Pass):
             found = layout_of(gm, node)
             if node > last:
                 continue
-            if found is None or (found.order == "BNC") != (layout.order == "BNC"):
+            if found is None or not _alike(found, layout):
                 add_note(gm, "AttachLadder", node.name, "laid out otherwise than the last feature")
                 continue
             if found.channels % self.reduction:
@@ -87,3 +92,10 @@ class AttachLadder(Pass):
                 )
             rungs.append((node, found))
         return rungs
+
+
+def _alike(rung: Layout, last: Layout) -> bool:
+    """Whether a side layer can carry on from one to the other: both maps, or both as many tokens."""
+    if "BNC" in (rung.order, last.order):
+        return rung.order == last.order and rung.tokens == last.tokens
+    return True

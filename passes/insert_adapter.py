@@ -3,6 +3,8 @@
     before  x + branch(x)
     after   x + adapter(branch(x)), adapter(h) = h + up(gelu(down(h)))      keeps h and both narrow tensors
 
+The authors also train the layer norms, and start near 0, not at it.
+
 Leaves alone, with a note: a branch that is neither tokens nor a map with known channels.
 """
 
@@ -12,7 +14,7 @@ from timm.layers import DropPath
 from torch import fx, nn
 
 from s2a_fx.analysis.blocks import Branch, residual_branches
-from s2a_fx.analysis.layout import layout_of
+from s2a_fx.analysis.layout import Layout, layout_of
 from s2a_fx.analysis.notes import add_note
 from s2a_fx.errors import InputError, PassError
 from s2a_fx.nn.adapter import Adapter
@@ -41,26 +43,30 @@ class InsertAdapter(Pass):
             raise PassError("InsertAdapter: found no residual block (no module adds to its own input); take another recipe.")
         if self.last:
             branches = tuple({branch.path: branch for branch in branches}.values())
-        inserted = [self._insert(gm, branch) for branch in branches]
-        return any(inserted)
+        places = [place for branch in branches if (place := self._place(gm, branch))]
+        for place in places:
+            self._insert(gm, *place)
+        return bool(places)
 
-    def _insert(self, gm: fx.GraphModule, branch: Branch) -> bool:
+    def _place(self, gm: fx.GraphModule, branch: Branch) -> tuple[Branch, fx.Node, fx.Node, Layout] | None:
         value, reader = _before_drop_path(gm, branch)
         layout = layout_of(gm, value)
         if layout is None:
             add_note(gm, "InsertAdapter", value.name, f"{branch.path}: neither tokens nor a map with known channels")
-            return False
+            return None
         if layout.channels % self.reduction:
             raise InputError(
                 f"InsertAdapter: {branch.path} has {layout.channels} channels, which reduction={self.reduction} does not divide; "
                 "take a reduction that does."
             )
+        return branch, value, reader, layout
+
+    def _insert(self, gm: fx.GraphModule, branch: Branch, value: fx.Node, reader: fx.Node, layout: Layout) -> None:
         with building_like(a_weight(gm)) as factory:
             adapter = Adapter(layout.channels, layout.channels // self.reduction, layout.order == "BCHW", **factory)
         adapted = call_spliced(gm, free_path(gm, branch.path, "adapter"), adapter, (value,), before=value.next, like=branch.add)
         adapted.meta["val"] = value.meta["val"]
         reader.replace_input_with(value, adapted)
-        return True
 
 
 def _before_drop_path(gm: fx.GraphModule, branch: Branch) -> tuple[fx.Node, fx.Node]:

@@ -73,7 +73,8 @@ class InsertLowRankPrompt(Pass):
         with building_like(a_weight(gm)) as factory:
             prompt = LowRankPrompt(parent, layout.order, grid, layout.channels, self.rank, self.std, cells, **factory)
         with gm.graph.inserting_before(min(readers)):
-            call = call_inserted(gm, free_path(gm, parent, "low_rank_prompt"), prompt, (node,), like=node)
+            path = free_path(gm, parent, "low_rank_prompt")
+            call = call_inserted(gm, path, prompt, (node,), like=node if self.where else None)  # before a block: outside of all
         call.meta["val"] = node.meta["val"]
         for reader in readers:
             reader.replace_input_with(node, call)

@@ -4,11 +4,13 @@
     windows         before  attention(windows)    after  attention([windows, prompts]) without the prompts, in every window
     convolutions    before  block(x)              after  block(x in a learned border) without the border
 
-Prompts keep nothing themselves; what the block makes of them, autograd keeps as it keeps the rest.
+Prompts keep nothing themselves; what the block makes of them, autograd keeps as it keeps the rest. The authors' windows get their
+prompts before the block's first norm; here they come after it, as they are.
 
-Leaves alone, with a note: blocks of the first `skip` stages, blocks that change the size of a map, and layouts unknown.
+Leaves alone, with a note: blocks that change the size of a map, attention over maps that is not windowed, and layouts unknown.
 """
 
+import logging
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -66,6 +68,9 @@ class InsertVisualPrompt(Pass):
             self._around_tokens(gm, block, layout)
         elif windows is not None:
             self._in_windows(gm, windows)
+        elif _attentions(gm, block):
+            add_note(gm, "InsertVisualPrompt", block.entry.name, f"{block.path}: its attention is over neither tokens nor windows")
+            return False
         elif layout_of(gm, block.output) != layout:
             add_note(gm, "InsertVisualPrompt", block.entry.name, f"{block.path}: changes the size of its map")
             return False
@@ -79,7 +84,7 @@ class InsertVisualPrompt(Pass):
         readers = [user for user in block.entry.users if user in block.nodes]
         with building_like(a_weight(gm)) as factory:
             prompt = PromptTokens(self.tokens, layout.channels, layout.prefix, **factory)
-        _read_through(gm, block.path, prompt, block.entry, readers)
+        _read_through(gm, block.path, prompt, block.entry, readers)  # outside of the block, as is what leaves the prompts out
         whole = slice(None)
         with gm.graph.inserting_before(block.output.next):
             kept = gm.graph.call_function(operator.getitem, (block.output, (whole, slice(layout.prefix + self.tokens, None))))
@@ -94,9 +99,9 @@ class InsertVisualPrompt(Pass):
         tokens, channels = windows.entry.meta["val"].shape[1:]
         with building_like(a_weight(gm)) as factory:
             prompt = PromptTokens(self.tokens, channels, **factory)
-        _read_through(gm, windows.path, prompt, windows.entry, windows.readers)
+        _read_through(gm, windows.path, prompt, windows.entry, windows.readers, inside=True)
         for node in windows.nodes:
-            for bias in node.all_input_nodes if node.target in _ADDS else ():
+            for bias in node.all_input_nodes if node.target in _ADDS or node is windows.map else ():
                 value = bias.meta.get("val")
                 if bias not in windows.dependent and isinstance(value, torch.Tensor) and value.shape[-2:] == (tokens, tokens):
                     with gm.graph.inserting_before(node):  # prompts have no place: they are as near to one token as to another
@@ -124,10 +129,10 @@ class _Windows:
 
 def _windows(gm: fx.GraphModule, block: Block) -> _Windows | None:
     """The attention of a block of maps, if it has one module, one input of three dimensions and one output like it."""
-    layers = [layer for node in block.nodes if (layer := non_parametric(gm, node)) and layer.kind in ("softmax", "attention")]
-    if len(layers) != 1:
+    maps = _attentions(gm, block)
+    if len(maps) != 1:
         return None
-    path = owner_path(layers[0].node)
+    path = owner_path(maps[0])
     nodes = tuple(n for n in block.nodes if any(place == path for place, _ in module_stack(n)) and n.target != path)
     dependent = dependent_nodes(gm)
     entries = {o for n in nodes for o in n.all_input_nodes if o not in nodes and o in dependent and _rank(o) == 3}
@@ -135,7 +140,12 @@ def _windows(gm: fx.GraphModule, block: Block) -> _Windows | None:
     if len(entries) != 1 or len(outputs) != 1:
         return None
     (entry,), (output,) = entries, outputs
-    return _Windows(path, layers[0].node, nodes, entry, tuple(n for n in entry.users if n in nodes), output, dependent)
+    return _Windows(path, maps[0], nodes, entry, tuple(n for n in entry.users if n in nodes), output, dependent)
+
+
+def _attentions(gm: fx.GraphModule, block: Block) -> list[fx.Node]:
+    kinds = ("softmax", "attention")
+    return [node for node in block.nodes if (layer := non_parametric(gm, node)) is not None and layer.kind in kinds]
 
 
 def _rank(node: fx.Node) -> int:
@@ -156,10 +166,13 @@ def _around_map(gm: fx.GraphModule, block: Block, layout: Layout) -> None:
     block.output.replace_all_uses_with(kept, delete_user_cb=lambda user: user is not kept)
 
 
-def _read_through(gm: fx.GraphModule, parent: str, prompt: nn.Module, value: fx.Node, readers: Sequence[fx.Node]) -> None:
-    """Let `readers` read `prompt(value)` in the place of `value`."""
+def _read_through(
+    gm: fx.GraphModule, parent: str, prompt: nn.Module, value: fx.Node, readers: Sequence[fx.Node], inside: bool = False
+) -> None:
+    """Let `readers` read `prompt(value)` in the place of `value`; `inside`: it belongs to the module that they belong to."""
     with gm.graph.inserting_before(min(readers)):
-        call = call_inserted(gm, free_path(gm, parent, "visual_prompt"), prompt, (value,), like=value)
+        path = free_path(gm, parent, "visual_prompt")
+        call = call_inserted(gm, path, prompt, (value,), like=min(readers) if inside else None)
     for reader in readers:
         reader.replace_input_with(value, call)
 
@@ -167,6 +180,8 @@ def _read_through(gm: fx.GraphModule, parent: str, prompt: nn.Module, value: fx.
 def _recompute_shapes(gm: fx.GraphModule, block: Block) -> None:
     for node in block.nodes:
         node.meta.pop("val", None)
+    log = logging.getLogger("torch._subclasses.fake_tensor")  # it prints a traceback of its own
+    silent, log.disabled = log.disabled, True
     try:
         propagate(gm)
     except Exception as error:
@@ -175,3 +190,5 @@ def _recompute_shapes(gm: fx.GraphModule, block: Block) -> None:
             f"InsertVisualPrompt: {block.path} was built for its number of tokens and takes no more ({reason}); "
             "take another recipe, such as bias+lrp."
         ) from error
+    finally:
+        log.disabled = silent

@@ -14,10 +14,10 @@ from s2a_fx.analysis.paper import paper_bytes
 from s2a_fx.analysis.peak import peak, timeline
 from s2a_fx.analysis.saved import is_activation, saved_tensors
 from s2a_fx.analysis.simulation import simulate
-from s2a_fx.errors import InputError
+from s2a_fx.errors import InputError, PassError
 from s2a_fx.fork_map import fork_map
 from s2a_fx.recipes import GraphPass, name_of, resolve
-from s2a_fx.report import Comparison, MemoryReport
+from s2a_fx.report import Comparison, MemoryReport, Refusal
 from s2a_fx.trace import base_parameters, trace
 from s2a_fx.transform import transform
 
@@ -62,11 +62,13 @@ def compare(
     loss: Loss | None = None,
     name: str | None = None,
     jobs: int = 1,
+    tell_refusals: bool = False,
 ) -> Comparison:
     """Reports of `model` under several recipes.
 
     Args:
         recipes: each a name or a sequence of passes.
+        tell_refusals: let the comparison tell which recipes do not fit the model, and why, instead of raising a `PassError`.
         jobs: processes to share the recipes among; they are forked, so leave 1 in a process that has used CUDA or run a backward.
 
     The other arguments are those of `analyze`.
@@ -82,10 +84,17 @@ def compare(
     inputs = traced_inputs(gm)
     called = name or type(model).__name__
 
-    def report(recipe: str | Sequence[GraphPass]) -> MemoryReport:
-        return _report(transform(gm, inputs, recipe), called, name_of(recipe), device, optimizer, loss)
+    def report(recipe: str | Sequence[GraphPass]) -> MemoryReport | Refusal:
+        try:
+            return _report(transform(gm, inputs, recipe), called, name_of(recipe), device, optimizer, loss)
+        except PassError as error:
+            if not tell_refusals:
+                raise
+            return Refusal(name_of(recipe), str(error))
 
-    return Comparison(tuple(fork_map(report, recipes, jobs)))
+    results = fork_map(report, recipes, jobs)
+    reports = tuple(r for r in results if isinstance(r, MemoryReport))
+    return Comparison(reports, tuple(r for r in results if isinstance(r, Refusal)))
 
 
 def _report(

@@ -21,7 +21,7 @@ from s2a_fx.html import to_html
 from s2a_fx.paper_figures import BATCH_SIZE, TABLES
 from s2a_fx.paper_tables import method_cells, paper_cells, to_json, to_text
 from s2a_fx.passes import PASSES
-from s2a_fx.recipes import RECIPES, name_of, resolve
+from s2a_fx.recipes import RECIPES, SUFFIXES, name_of, resolve
 from s2a_fx.report import Comparison
 from s2a_fx.transform import transform
 from s2a_fx.zoo import DTYPES, timm_model
@@ -65,11 +65,11 @@ def _parser() -> argparse.ArgumentParser:
     report.set_defaults(run=_report)
     _add_model_options(report)
     comparison = commands.add_parser("compare", help="recipes side by side")
-    comparison.add_argument("--recipes", default=",".join(RECIPES), help="names separated by commas (default: all)")
+    comparison.add_argument("--recipes", help="names separated by commas (default: all that fit the model)")
     comparison.set_defaults(run=_compare)
     _add_model_options(comparison)
     tables = commands.add_parser("table1", help="the paper's tables, ours beside its figures")
-    tables.add_argument("--table", type=int, choices=sorted(TABLES), help="which one, 5 for Figure 5 (default: 1)", default=1)
+    tables.add_argument("--table", type=int, choices=sorted(TABLES), help="which one, 5 for Figure 5 (default: 1)")
     tables.add_argument("--model", metavar="MODEL", help="the methods on another timm model, for which the paper has no figures")
     tables.add_argument("--batch-size", type=_positive, metavar="N", help="images in a step, with --model (default: 32)")
     tables.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
@@ -104,8 +104,8 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    names = [name.strip() for name in options.recipes.split(",") if name.strip()]
-    comparison = _simulate(options, list(dict.fromkeys(names)))
+    names = list(RECIPES) if options.recipes is None else [name.strip() for name in options.recipes.split(",") if name.strip()]
+    comparison = _simulate(options, list(dict.fromkeys(names)), tell_refusals=options.recipes is None)
     print(comparison.reports[0].title())
     print()
     print(comparison.table())
@@ -115,10 +115,12 @@ def _table(options: argparse.Namespace) -> None:
     _check_folders(options.json)
     if options.batch_size and not options.model:
         raise InputError(f"--batch-size: the paper's figures are at batch {BATCH_SIZE}; name another model with --model.")
+    if options.table and options.model:
+        raise InputError("--table: the paper's tables are of its own models; leave out --table or --model.")
     if options.model:
         cells = method_cells(options.model, options.batch_size or BATCH_SIZE, options.jobs)
     else:
-        cells = paper_cells((options.table,), options.jobs)
+        cells = paper_cells((options.table or 1,), options.jobs)
     print(to_text(cells))
     if options.json:
         _write(options.json, json.dumps(to_json(cells), indent=1))
@@ -130,7 +132,7 @@ def _check_folders(*paths: Path | None) -> None:
             raise InputError(f"{path}: there is no folder {path.parent}; create it or name another file.")
 
 
-def _simulate(options: argparse.Namespace, recipes: list[str]) -> Comparison:
+def _simulate(options: argparse.Namespace, recipes: list[str], tell_refusals: bool = False) -> Comparison:
     for recipe in recipes:
         resolve(recipe)
     _check_folders(options.json, options.html)
@@ -143,6 +145,7 @@ def _simulate(options: argparse.Namespace, recipes: list[str]) -> Comparison:
         optimizer=options.optimizer,
         name=options.model,
         jobs=options.jobs,
+        tell_refusals=tell_refusals,
     )
     if options.json:
         _write(options.json, json.dumps(comparison.to_json(), indent=1))
@@ -179,6 +182,7 @@ def _passes(options: argparse.Namespace) -> None:
     print(tabulate(lines, ("pass", "options", "what it does"), disable_numparse=True))
     print()
     recipes = [(name, name_of(passes)) for name, passes in RECIPES.items()]
+    recipes += [(f"any+{name}", name_of(passes)) for name, passes in SUFFIXES.items()]
     print(tabulate(recipes, ("recipe", "passes"), disable_numparse=True))
 
 

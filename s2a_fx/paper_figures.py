@@ -256,12 +256,15 @@ _NO_GRADIENT = "no gradient flows through the backbone: by the paper's own rule 
 _COUNTERPARTS = "one adapter a block, of 1x1 convolutions and C/8; what the paper's convolutional 'counterparts' are is not told"
 
 REASONS: dict[tuple[str, str, str], str] = {
-    ("ViT-B/16", "VPT", MEGABYTES): "with 50 prompts a block has 247 tokens; 197 tokens and two more layer inputs a block would "
-    "give the paper's figure within .1 %",
-    ("ViT-B/16", "UniPT", PERCENT): "the authors' network over 12 blocks and the final norm, m = 192; no m gives 2.96 %",
+    ("ViT-B/16", "VPT", MEGABYTES): "with 50 prompts every block has 247 tokens; the paper counts fewer",
+    (
+        "ViT-B/16",
+        "UniPT",
+        PERCENT,
+    ): "the authors' network over 12 blocks and the final norm, m = C / 4; no divisor of C gives 2.96",
     ("ViT-B/16", "UniPT", MEGABYTES): _NO_GRADIENT,
     ("ViT-B/16", "LRP", MILLIONS): "prompts and head; with the biases, too, it would be 0.53",
-    ("ViT-B/16", "Unquantized", MEGABYTES): "the quantized row and 7/8 of GELU's inputs and softmax's maps: the rows do not agree",
+    ("ViT-B/16", "Unquantized", MEGABYTES): "the paper's two rows differ by more than 7/8 of GELU's inputs and softmax's maps",
     ("Swin-B", "Linear", MEGABYTES): "weights and the head's input; what else the paper counts is not told",
     ("Swin-B", "Adapter", MEGABYTES): "the paper's parameters are those of one adapter a block, its memory is of more",
     ("Swin-B", "UniPT", MEGABYTES): _NO_GRADIENT,

@@ -12,6 +12,7 @@ from s2a_fx.analysis.paper import paper_bytes
 from s2a_fx.analysis.peak import peak, timeline
 from s2a_fx.analysis.saved import is_activation, saved_tensors
 from s2a_fx.analysis.simulation import simulate
+from s2a_fx.errors import PassError
 from s2a_fx.fork_map import fork_map
 from s2a_fx.paper_figures import (
     ACCURACIES,
@@ -61,10 +62,16 @@ def paper_cells(tables: Sequence[int], jobs: int = 1) -> tuple[Cell, ...]:
 
 
 def method_cells(name: str, batch_size: int, jobs: int = 1) -> tuple[Cell, ...]:
-    """Table 1's columns for every recipe on a timm model that the paper has no figures for."""
+    """Table 1's columns for every recipe that fits a timm model, for which the paper has no figures."""
     rows = [Row(1, name, recipe, {}, Setting(passes)) for recipe, passes in RECIPES.items()]
-    computed = fork_map(lambda row: _computed(row, name, batch_size), rows, jobs)
-    return tuple(cell for row, ours in zip(rows, computed, strict=True) for cell in _cells(row, ours))
+
+    def computed(row: Row) -> dict[str, float]:
+        try:
+            return _computed(row, name, batch_size)
+        except PassError:  # a method that does not fit the model has no row
+            return {}
+
+    return tuple(cell for row, ours in zip(rows, fork_map(computed, rows, jobs), strict=True) for cell in _cells(row, ours))
 
 
 def _computed(row: Row, name: str, batch_size: int = BATCH_SIZE) -> dict[str, float]:
@@ -72,13 +79,14 @@ def _computed(row: Row, name: str, batch_size: int = BATCH_SIZE) -> dict[str, fl
     model, example = timm_model(name, num_classes=CLASSES, batch_size=batch_size)
     gm = transform(model, example, row.setting.recipe)
     counted = row.setting.counts(gm)
+    whole = base_parameters(gm)
     record = simulate(gm)
     saved = sum(r.bytes for r in saved_tensors(gm, record) if is_activation(r))
     weights = sum(p.numel() * p.element_size() for p in gm.parameters())
     heads = head_paths(trace(model, example))
     head = sum(p.numel() for path, p in model.named_parameters() if path.rpartition(".")[0] in heads)
     return {
-        PERCENT: 100.0 if not row.setting.recipe else 100 * counted / (base_parameters(gm) - head),
+        PERCENT: 100 * counted / (whole if counted == whole else whole - head),
         MILLIONS: counted / 1e6,
         MEGABYTES: paper_bytes(gm) / 1e6,
         KEPT: (weights + saved) / 1e6,
@@ -136,9 +144,10 @@ def _table(number: int, cells: list[Cell]) -> str:
         rows.setdefault((cell.backbone, cell.method), {})[cell.column] = cell
     lines = [(*key, *(_shown(row.get(c)) for c in columns), *(_shown(row.get(c)) for c in quoted)) for key, row in rows.items()]
     headers = ("backbone", "method", *columns, *(f"{c} *" for c in quoted))
-    title = f"Table {number}" if number < 5 else "Figure 5"
+    of_paper = f"{f'Table {number}' if number < 5 else 'Figure 5'} of the paper"
+    title = of_paper if cells[0].backbone in BACKBONES.values() else "The methods on another model"
     align = ("left", "left", *["right"] * (len(headers) - 2))
-    return f"{title} of the paper\n{tabulate(lines, headers, disable_numparse=True, colalign=align)}"
+    return f"{title}\n{tabulate(lines, headers, disable_numparse=True, colalign=align)}"
 
 
 def _shown(cell: Cell | None) -> str:

@@ -77,7 +77,8 @@ def resolve(recipe: str | Sequence[GraphPass]) -> tuple[GraphPass, ...]:
         if recipe not in RECIPES and base in RECIPES and suffix in SUFFIXES:
             return (*RECIPES[base], *SUFFIXES[suffix])
         if recipe not in RECIPES:
-            near = get_close_matches(recipe, RECIPES, n=2, cutoff=0.4)
+            known = [*RECIPES, *(f"{name}+{ending}" for name in RECIPES for ending in SUFFIXES)]
+            near = get_close_matches(recipe, known, n=2, cutoff=0.4)
             hint = f" Did you mean {' or '.join(near)}?" if near else ""
             endings = ", ".join(f"+{name}" for name in SUFFIXES)
             raise InputError(f"unknown recipe {recipe!r}; recipes are {', '.join(RECIPES)}, with or without {endings}.{hint}")

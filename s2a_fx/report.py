@@ -132,10 +132,19 @@ class MemoryReport:
 
 
 @dataclass(frozen=True)
+class Refusal:
+    """A recipe that does not fit the model, and why."""
+
+    recipe: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Comparison:
-    """Reports of one model under several recipes."""
+    """Reports of one model under several recipes, and the recipes that do not fit it."""
 
     reports: tuple[MemoryReport, ...]
+    refusals: tuple[Refusal, ...] = ()
 
     def __getitem__(self, recipe: str) -> MemoryReport:
         """The report of a recipe, by name."""
@@ -170,7 +179,8 @@ class Comparison:
             "recipe", "trained", "%", "saved MB", "kept MB", "peak MB",
             f"saved / {versus}", f"peak / {versus}", "paper MB", "the peak stands at",
         )  # fmt: skip
-        return tabulate(lines, headers, disable_numparse=True, colalign=("left", *["right"] * 8, "left"))
+        table = tabulate(lines, headers, disable_numparse=True, colalign=("left", *["right"] * 8, "left"))
+        return "\n".join([table, *(f"{r.recipe} does not fit: {r.reason}" for r in self.refusals)])
 
     def to_json(self) -> dict[str, Any]:
         """All figures as plain data: what was simulated, and `recipes` by name."""

@@ -13,7 +13,7 @@ from s2a_fx.errors import ShapeError
 
 
 def _uniform(tensor: torch.Tensor, channels: int) -> nn.Parameter:
-    """As in VPT's own code: Xavier's bound for a projection of 16 x 16 patches of three colours."""
+    """VPT's own bound for ViTs, Xavier's for a projection of 16 x 16 patches of three colours; here for all backbones."""
     bound = math.sqrt(6 / (3 * 16 * 16 + channels))
     return nn.Parameter(tensor.uniform_(-bound, bound))
 

@@ -4,14 +4,17 @@ import copy
 import re
 
 import pytest
+import timm
 import torch
 from saved_bytes import cosine
 from small_models import small_model
 from steps import layers, step, ten_steps
-from torch import nn
+from torch import fx, nn
 
 import s2a_fx
+from s2a_fx.analysis.blocks import residual_blocks, residual_branches
 from s2a_fx.analysis.device import device_model
+from s2a_fx.analysis.head import head_paths, last_feature
 from s2a_fx.analysis.measure import measure_peak_bytes, measure_saved_bytes
 from s2a_fx.analysis.notes import notes_of
 from s2a_fx.analysis.simulation import simulate
@@ -21,11 +24,13 @@ from s2a_fx.passes import (
     AttachUniPT,
     CheckpointBlocks,
     FreezeWeights,
+    FuseAttention,
     InsertAdapter,
     InsertLoRA,
     InsertLowRankPrompt,
     InsertVisualPrompt,
 )
+from s2a_fx.zoo import timm_model
 
 METHODS = ["lora", "adapter", "vpt", "unipt", "lst"]
 WITHOUT_EFFECT_AT_FIRST = ["lora", "adapter"]
@@ -61,11 +66,14 @@ def test_predicted_peak_is_within_two_percent_of_the_allocator_s(family, recipe)
 
 @pytest.mark.parametrize("recipe", METHODS)
 def test_ten_steps_lower_the_loss_and_change_what_trains_alone(family, recipe):
+    """The head stays as it is: what the method trains must do it."""
     model, x = small_model(family)
     gm = s2a_fx.transform(model, x, recipe)
+    for path in head_paths(gm):
+        gm.get_submodule(path).requires_grad_(False)
     before = {name: p.detach().clone() for name, p in gm.named_parameters()}
     losses = ten_steps(gm, x)
-    assert losses[-1] < 0.7 * losses[0]
+    assert losses[-1] < losses[0]
     changed = {name for name, p in gm.named_parameters() if not torch.equal(p, before[name])}
     assert changed == trained(gm)
 
@@ -113,8 +121,10 @@ def test_another_batch_size(family, recipe):
 def test_beside_a_frozen_network_nothing_of_it_is_kept(family, recipe):
     model, x = small_model(family)
     report = s2a_fx.analyze(s2a_fx.transform(model, x, recipe), x)
-    own = ("parallel_network", "ladder", "head", "fc", "")
-    assert {row.module.split(".")[0] for row in report.activations} <= {*own, "global_pool"}
+    own = ("parallel_network", "ladder", "head", "fc", "global_pool")
+    others = [row for row in report.activations if row.module and row.module.split(".")[0] not in own]
+    assert not others
+    assert sum(row.bytes for row in report.activations if not row.module) < 64  # the loss
 
 
 @pytest.mark.parametrize("recipe", CHECKPOINTED)
@@ -131,6 +141,8 @@ def test_checkpointing_changes_no_gradient(family, recipe):
     assert actual.keys() == exact.keys()
     for name, gradient in actual.items():
         torch.testing.assert_close(gradient, exact[name])
+    for name, buffer in gm.named_buffers():
+        assert torch.equal(buffer, plain.get_buffer(name)), name
 
 
 def test_what_checkpoints_recompute_is_simulated_with_the_device_s_kernels(vit):
@@ -280,8 +292,6 @@ def test_a_border_refuses_another_size():
 
 
 def test_blocks_that_cannot_take_more_tokens_are_refused():
-    import timm
-
     model = timm.create_model("beit_base_patch16_224", depth=2, num_classes=5)
     with pytest.raises(s2a_fx.PassError, match=r"blocks\.1 was built for its number of tokens"):
         s2a_fx.transform(model, torch.randn(2, 3, 224, 224), "vpt")
@@ -345,3 +355,92 @@ def test_a_side_branch_of_some_blocks():
 def test_unknown_recipes_are_told(name):
     with pytest.raises(s2a_fx.InputError, match="with or without \\+compress"):
         s2a_fx.recipes.resolve(name)
+
+
+@pytest.mark.parametrize("recipe", ["bias+lrp+lsb", *METHODS])
+def test_inserting_leaves_the_model_s_blocks_as_they_were(family, recipe):
+    model, x = small_model(family)
+    gm, plain = s2a_fx.transform(model, x, recipe), s2a_fx.trace(model, x)
+    assert [b.path for b in residual_blocks(gm)] == [b.path for b in residual_blocks(plain)]
+    assert len(residual_branches(gm)) == len(residual_branches(plain))
+
+
+@pytest.mark.parametrize("method", [InsertLoRA(), InsertAdapter(), InsertVisualPrompt(tokens=3)], ids=lambda m: type(m).__name__)
+def test_methods_compose_in_either_order(method):
+    model, x = small_model("vit")
+    prompt = InsertLowRankPrompt()
+    counts = []
+    for recipe in ((method, prompt, AttachSideBranch()), (prompt, AttachSideBranch(), method)):
+        gm = s2a_fx.transform(model, x, recipe)
+        assert s2a_fx.analyze(gm, x).saved_bytes == measure_saved_bytes(gm, (x,))
+        counts.append([len(layers(gm, name)) for name in ("LoRA", "Adapter", "PromptTokens", "LowRankPrompt", "LiteSideBlock")])
+    assert counts[0] == counts[1]
+
+
+def test_the_last_feature_is_that_of_the_last_block_however_small():
+    model = timm.create_model("resnet18", num_classes=5)
+    x = torch.randn(2, 3, 32, 32)
+    assert last_feature(s2a_fx.trace(model, x)).name == "layer4_1_act2"
+    gm = s2a_fx.transform(model, x, "unipt")
+    assert not any(row.module.startswith("layer") for row in s2a_fx.analyze(gm, x).activations)
+
+
+@pytest.mark.parametrize("recipe", ["unipt", "lst"])
+def test_features_pooled_without_their_first_tokens(recipe):
+    model, x = small_model("vit", global_pool="avg", class_token=True)
+    gm = s2a_fx.transform(model, x, recipe)
+    shapes = {n.name: tuple(n.meta["val"].shape) for n in gm.graph.nodes if isinstance(n.meta["val"], torch.Tensor)}
+    ran = {}
+
+    class Shapes(fx.Interpreter):
+        def run_node(self, n):
+            result = super().run_node(n)
+            if isinstance(result, torch.Tensor):
+                ran[n.name] = tuple(result.shape)
+            return result
+
+    Shapes(gm).run(x)
+    assert ran == shapes
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe", "reason"),
+    [
+        ("beit_base_patch16_224", "lora", "found no layer to adapt"),
+        ("cait_xxs24_224", "lst", "found no residual block laid out like"),
+        ("pvt_v2_b0", "vpt", "was built for its number of tokens"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_one_line(name, recipe, reason):
+    model, x = timm_model(name, num_classes=5, batch_size=2)
+    with pytest.raises(s2a_fx.PassError, match=reason):
+        s2a_fx.transform(model, x, recipe)
+
+
+def test_a_comparison_tells_what_does_not_fit():
+    model, x = timm_model("pvt_v2_b0", num_classes=5, batch_size=2)
+    comparison = s2a_fx.compare(model, x, ["full", "vpt"], tell_refusals=True)
+    assert [r.recipe for r in comparison.reports] == ["full"]
+    assert "vpt does not fit: InsertVisualPrompt: " in str(comparison)
+    with pytest.raises(s2a_fx.PassError):
+        s2a_fx.compare(model, x, ["full", "vpt"])
+
+
+def test_a_layer_called_twice_is_adapted_alike():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.fc(self.fc(x).relu())
+
+    gm = s2a_fx.transform(Shared(), torch.randn(2, 8), (InsertLoRA(targets=("fc",)),))
+    assert len(layers(gm, "LoRA")) == 1
+
+
+def test_attention_over_maps_gets_no_border():
+    model, x = small_model("swin")
+    gm = s2a_fx.transform(model, x, (FuseAttention(), InsertVisualPrompt(tokens=6)))
+    assert not layers(gm, "PromptBorder")
+    assert len(layers(gm, "PromptTokens")) == 5

@@ -51,7 +51,7 @@ LEADER = {"arrowstyle": "-", "color": "#777777", "linewidth": 0.7, "shrinkA": 0,
 def kind_of(method: str) -> str:
     if method.endswith("+checkpoint"):
         return "checkpoint"
-    if method in ("full", "linear", "bias", "peft-lora"):
+    if method in ("full", "linear", "bias", "lora", "peft-lora"):
         return "plain"
     return "s2a_fx, compressed" if method.startswith("s2a") else "s2a_fx, exact"
 

@@ -70,7 +70,7 @@ go with any method: `s2a_fx.transform(model, (x,), "lora+compress")`.
 | if | take |
 |---|---|
 | all weights must train, and memory is short | `full+checkpoint` |
-| few parameters may train, and memory is short | `s2a-max`, then `s2a` |
+| few parameters may train, and memory is short | `s2a-max`; then `s2a` in float32, `bias+checkpoint` in 16 bits |
 | it must be LoRA, adapters or prompts | the same with `+compress` |
 | only a new head is wanted | `linear` |
 """,

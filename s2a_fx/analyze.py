@@ -94,7 +94,10 @@ def compare(
 
     results = fork_map(report, recipes, jobs)
     reports = tuple(r for r in results if isinstance(r, MemoryReport))
-    return Comparison(reports, tuple(r for r in results if isinstance(r, Refusal)))
+    refusals = tuple(r for r in results if isinstance(r, Refusal))
+    if not reports:
+        raise PassError(f"no recipe fits {called}: " + " ".join(f"{r.recipe}: {r.reason}" for r in refusals))
+    return Comparison(reports, refusals)
 
 
 def _report(

@@ -193,6 +193,7 @@ class Comparison:
             "optimizer": first.optimizer,
             "device": first.device,
             "recipes": {report.recipe: report.to_json() for report in self.reports},
+            "refusals": {refusal.recipe: refusal.reason for refusal in self.refusals},
         }
 
 

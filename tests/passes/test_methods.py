@@ -422,6 +422,9 @@ def test_a_comparison_tells_what_does_not_fit():
     comparison = s2a_fx.compare(model, x, ["full", "vpt"], tell_refusals=True)
     assert [r.recipe for r in comparison.reports] == ["full"]
     assert "vpt does not fit: InsertVisualPrompt: " in str(comparison)
+    assert list(comparison.to_json()["refusals"]) == ["vpt"]
+    with pytest.raises(s2a_fx.PassError, match="no recipe fits PyramidVisionTransformerV2: vpt: "):
+        s2a_fx.compare(model, x, ["vpt"], tell_refusals=True)
     with pytest.raises(s2a_fx.PassError):
         s2a_fx.compare(model, x, ["full", "vpt"])
 

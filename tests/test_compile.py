@@ -51,6 +51,7 @@ def test_five_steps_of_inductor_have_the_losses_of_eager_mode(family):
     torch.testing.assert_close(losses(compiled, gm, x), losses(other, other, x), rtol=1e-4, atol=0)
 
 
+@pytest.mark.slow
 def test_what_draws_is_compiled_as_it_is():
     model, x = small_model("vit", proj_drop_rate=0.5, depth=1)
     gm = s2a_fx.transform(model, x, "s2a-max")

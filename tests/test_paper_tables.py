@@ -42,6 +42,7 @@ def test_tables_2_and_3():
     assert missed <= REASONS.keys()
 
 
+@pytest.mark.slow
 def test_figure_5_s_parameters():
     """By hand: A has 49 rows in each of 36 blocks of 18,048 channels in all; a side block of width c has 2 c^2 + 12 c weights and
     biases, and 4 c in its norms, which are not counted; a transition from b to c, 4 b c + c."""
@@ -82,6 +83,7 @@ def test_a_figure_that_is_missed_is_told_with_its_reason():
     assert f"- Swin-B, UniPT, memory MB: -80.6 %. {REASONS['Swin-B', 'UniPT', MEGABYTES]}" in to_text([cell])
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_list_of_cells(tmp_path, capsys):
     file = tmp_path / "table.json"
     assert main(["table1", "--model", "vit_tiny_patch16_224", "--batch-size", "2", "--json", str(file)]) == 0

@@ -90,7 +90,7 @@ def test_output_equals_the_original_at_initialization(family, recipe):
         torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("recipe", METHODS)
+@pytest.mark.parametrize("recipe", at_length("lst", "lora", "adapter", "vpt", "unipt"))
 def test_state_dict_round_trip(family, recipe):
     model, x = small_model(family)
     gm = s2a_fx.transform(model, x, recipe)
@@ -110,7 +110,7 @@ def test_weights_of_the_backbone_keep_their_names_and_train_no_more(family, reci
     assert trained(gm) & names <= heads
 
 
-@pytest.mark.parametrize("recipe", METHODS)
+@pytest.mark.parametrize("recipe", at_length("vpt", "lora", "adapter", "unipt", "lst"))
 def test_another_batch_size(family, recipe):
     model, x = small_model(family)
     gm = s2a_fx.transform(model, x, recipe).eval()

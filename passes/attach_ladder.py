@@ -14,14 +14,13 @@ from dataclasses import dataclass
 from torch import fx
 
 from s2a_fx.analysis.blocks import Block, residual_blocks
-from s2a_fx.analysis.head import last_feature
 from s2a_fx.analysis.layout import Layout, layout_of
 from s2a_fx.analysis.notes import add_note
-from s2a_fx.analysis.shapes import propagate
 from s2a_fx.errors import InputError, PassError
 from s2a_fx.nn.ladder import LadderLayer, LadderStart, LadderTop
 from s2a_fx.nn.lite_side_branch import SideTransition
 from s2a_fx.passes.base import Pass, a_weight, building_like, require_positive
+from s2a_fx.passes.pooled_feature import pooled_feature, read_instead
 from s2a_fx.passes.subgraphs import call_spliced
 
 
@@ -41,13 +40,7 @@ class AttachLadder(Pass):
     def rewrite(self, gm: fx.GraphModule) -> bool:
         if any(name == "ladder" for name, _ in gm.named_children()):
             raise PassError("AttachLadder: the model has a ladder already; apply the pass once.")
-        last = last_feature(gm)
-        layout = layout_of(gm, last) if last is not None else None
-        if last is None or layout is None:
-            raise PassError(
-                "AttachLadder: found no classification head over one pooled feature; build the model with num_classes > 0, or take "
-                "another recipe if it pools otherwise than by a mean or a token."
-            )
+        last, layout = pooled_feature(gm, self)
         rungs = self._rungs(gm, last, layout)
         if len(rungs) < 2:
             raise PassError("AttachLadder: found no residual block laid out like the last feature; take another recipe.")
@@ -67,10 +60,7 @@ class AttachLadder(Pass):
                 before = here
             top = LadderTop(layout.order, before.channels // self.reduction, layout.channels, **factory)
         made = call_spliced(gm, "ladder.top", top, (side,), before=max(side, last).next)
-        propagate(gm)
-        assert made.meta["val"].shape == last.meta["val"].shape
-        for reader in readers:
-            reader.replace_input_with(last, made)
+        read_instead(gm, last, readers, made, self)
         return True
 
     def _rungs(self, gm: fx.GraphModule, last: fx.Node, layout: Layout) -> list[tuple[fx.Node, Layout]]:

@@ -14,13 +14,12 @@ from dataclasses import dataclass
 from torch import fx
 
 from s2a_fx.analysis.blocks import stages
-from s2a_fx.analysis.head import last_feature
 from s2a_fx.analysis.layout import Layout, layout_of
 from s2a_fx.analysis.notes import add_note
-from s2a_fx.analysis.shapes import propagate
 from s2a_fx.errors import InputError, PassError
 from s2a_fx.nn.parallel_network import Feature, ParallelNetwork
 from s2a_fx.passes.base import Pass, a_weight, building_like, free_path, require_positive
+from s2a_fx.passes.pooled_feature import pooled_feature, read_instead
 from s2a_fx.passes.subgraphs import call_spliced
 
 
@@ -38,13 +37,7 @@ class AttachUniPT(Pass):
         require_positive(self, reduction=self.reduction)
 
     def rewrite(self, gm: fx.GraphModule) -> bool:
-        anchor = last_feature(gm)
-        layout = layout_of(gm, anchor) if anchor is not None else None
-        if anchor is None or layout is None:
-            raise PassError(
-                "AttachUniPT: found no classification head over one pooled feature; build the model with num_classes > 0, or take "
-                "another recipe if it pools otherwise than by a mean or a token."
-            )
+        anchor, layout = pooled_feature(gm, self)
         if layout.channels % self.reduction:
             raise InputError(
                 f"AttachUniPT: the last feature has {layout.channels} channels, which reduction={self.reduction} does not divide; "
@@ -59,10 +52,7 @@ class AttachUniPT(Pass):
         readers = list(anchor.users)
         args = (anchor, *(node for node, _ in taps))
         made = call_spliced(gm, free_path(gm, "", "parallel_network"), network, args, before=anchor.next)
-        propagate(gm)
-        assert made.meta["val"].shape == anchor.meta["val"].shape
-        for reader in readers:
-            reader.replace_input_with(anchor, made)
+        read_instead(gm, anchor, readers, made, self)
         return True
 
 

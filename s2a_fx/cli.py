@@ -118,10 +118,10 @@ def _table(options: argparse.Namespace) -> None:
     if options.table and options.model:
         raise InputError("--table: the paper's tables are of its own models; leave out --table or --model.")
     if options.model:
-        cells = method_cells(options.model, options.batch_size or BATCH_SIZE, options.jobs)
+        cells, refusals = method_cells(options.model, options.batch_size or BATCH_SIZE, options.jobs)
     else:
-        cells = paper_cells((options.table or 1,), options.jobs)
-    print(to_text(cells))
+        cells, refusals = paper_cells((options.table or 1,), options.jobs), ()
+    print("\n".join([to_text(cells), *map(str, refusals)]))
     if options.json:
         _write(options.json, json.dumps(to_json(cells), indent=1))
 

@@ -121,13 +121,14 @@ class Row:
     setting: Setting
 
 
-def _rows(table: int, backbone: str, columns: tuple[str, ...], text: str, methods: dict[str, str] | None = None) -> tuple[Row, ...]:
-    """Rows from lines `method | figure | figure | ...`; `methods` says which setting a method of another name has."""
+def _rows(table: int, columns: tuple[str, ...], texts: dict[str, str], settings: dict[str, str] | None = None) -> tuple[Row, ...]:
+    """Rows from a text for each backbone, lines `method | figure | ...`; `settings`: whose setting a method of another name has."""
     rows = []
-    for line in text.strip().splitlines():
-        method, *figures = (part.strip() for part in line.split("|"))
-        setting = SETTINGS[backbone][(methods or {}).get(method, method)]
-        rows.append(Row(table, backbone, method, dict(zip(columns, figures, strict=True)), setting))
+    for backbone, text in texts.items():
+        for line in text.strip().splitlines():
+            method, *figures = (part.strip() for part in line.split("|"))
+            setting = SETTINGS[backbone][(settings or {}).get(method, method)]
+            rows.append(Row(table, backbone, method, dict(zip(columns, figures, strict=True)), setting))
     return tuple(rows)
 
 
@@ -137,107 +138,94 @@ _TWO_NAMES = {"Unquantized": "Bias+LRP+LSB", "Quantized": "S2A"}
 _THREE = (MILLIONS, *ACCURACIES)
 
 TABLES: dict[int, tuple[Row, ...]] = {
-    1: (
-        *_rows(
-            1,
-            "ViT-B/16",
-            _ONE,
-            """
-            Full    | 100  | 4099 | 74.94 | 85.68 | 51.12 | 88.52
-            Linear  | 0.09 | 344  | 68.26 | 82.16 | 35.50 | 85.77
-            LoRA    | 2.15 | 2242 | 76.06 | 84.82 | 47.99 | 89.38
-            Adapter | 4.24 | 2583 | 74.99 | 84.81 | 50.06 | 87.37
-            VPT     | 0.63 | 2453 | 76.33 | 84.75 | 49.82 | 89.12
-            UniPT   | 2.96 | 1472 | 76.45 | 85.73 | 50.63 | 89.24
-            S2A     | 0.90 | 640  | 76.62 | 84.38 | 51.94 | 88.87
-            """,
-        ),
-        *_rows(
-            1,
-            "Swin-B",
-            _ONE,
-            """
-            Full    | 100  | 6390 | 80.02 | 86.81 | 57.39 | 90.83
-            Linear  | 0.12 | 353  | 74.57 | 82.49 | 33.75 | 90.15
-            Adapter | 2.15 | 3228 | 80.86 | 86.89 | 53.38 | 91.17
-            VPT     | 0.79 | 3952 | 80.94 | 84.43 | 45.23 | 91.34
-            UniPT   | 1.47 | 2068 | 81.11 | 84.94 | 52.74 | 90.49
-            S2A     | 1.03 | 745  | 81.89 | 85.73 | 56.87 | 92.12
-            """,
-        ),
-        *_rows(
-            1,
-            "ConvNeXt-B",
-            _ONE,
-            """
-            Full    | 100  | 7171 | 81.10 | 86.71 | 51.26 | 91.36
-            Linear  | 0.11 | 350  | 75.34 | 83.58 | 35.48 | 91.09
-            Adapter | 2.0  | 3743 | 80.08 | 85.53 | 41.01 | 90.97
-            VPT     | 1.28 | 3265 | 77.66 | 83.83 | 39.32 | 91.88
-            UniPT   | 1.63 | 2783 | 82.04 | 86.29 | 54.68 | 91.96
-            S2A     | 0.98 | 741  | 82.63 | 85.60 | 55.87 | 92.04
-            """,
-        ),
+    1: _rows(
+        1,
+        _ONE,
+        {
+            "ViT-B/16": """
+                Full    | 100  | 4099 | 74.94 | 85.68 | 51.12 | 88.52
+                Linear  | 0.09 | 344  | 68.26 | 82.16 | 35.50 | 85.77
+                LoRA    | 2.15 | 2242 | 76.06 | 84.82 | 47.99 | 89.38
+                Adapter | 4.24 | 2583 | 74.99 | 84.81 | 50.06 | 87.37
+                VPT     | 0.63 | 2453 | 76.33 | 84.75 | 49.82 | 89.12
+                UniPT   | 2.96 | 1472 | 76.45 | 85.73 | 50.63 | 89.24
+                S2A     | 0.90 | 640  | 76.62 | 84.38 | 51.94 | 88.87
+                """,
+            "Swin-B": """
+                Full    | 100  | 6390 | 80.02 | 86.81 | 57.39 | 90.83
+                Linear  | 0.12 | 353  | 74.57 | 82.49 | 33.75 | 90.15
+                Adapter | 2.15 | 3228 | 80.86 | 86.89 | 53.38 | 91.17
+                VPT     | 0.79 | 3952 | 80.94 | 84.43 | 45.23 | 91.34
+                UniPT   | 1.47 | 2068 | 81.11 | 84.94 | 52.74 | 90.49
+                S2A     | 1.03 | 745  | 81.89 | 85.73 | 56.87 | 92.12
+                """,
+            "ConvNeXt-B": """
+                Full    | 100  | 7171 | 81.10 | 86.71 | 51.26 | 91.36
+                Linear  | 0.11 | 350  | 75.34 | 83.58 | 35.48 | 91.09
+                Adapter | 2.0  | 3743 | 80.08 | 85.53 | 41.01 | 90.97
+                VPT     | 1.28 | 3265 | 77.66 | 83.83 | 39.32 | 91.88
+                UniPT   | 1.63 | 2783 | 82.04 | 86.29 | 54.68 | 91.96
+                S2A     | 0.98 | 741  | 82.63 | 85.60 | 55.87 | 92.04
+                """,
+        },
     ),
-    2: (
-        *_rows(
-            2,
-            "ViT-B/16",
-            _TWO,
-            "Unquantized | 2097 | 76.55 | 84.54 | 52.29 | 89.10\nQuantized | 640 | 76.62 | 84.38 | 51.94 | 88.87",
-            _TWO_NAMES,
-        ),
-        *_rows(
-            2,
-            "Swin-B",
-            _TWO,
-            "Unquantized | 2672 | 82.23 | 85.38 | 56.57 | 92.13\nQuantized | 745 | 81.89 | 85.73 | 56.87 | 92.12",
-            _TWO_NAMES,
-        ),
-        *_rows(
-            2,
-            "ConvNeXt-B",
-            _TWO,
-            "Unquantized | 2832 | 82.68 | 85.70 | 55.52 | 92.08\nQuantized | 741 | 82.63 | 85.60 | 55.87 | 92.04",
-            _TWO_NAMES,
-        ),
+    2: _rows(
+        2,
+        _TWO,
+        {
+            "ViT-B/16": """
+                Unquantized | 2097 | 76.55 | 84.54 | 52.29 | 89.10
+                Quantized | 640 | 76.62 | 84.38 | 51.94 | 88.87
+                """,
+            "Swin-B": """
+                Unquantized | 2672 | 82.23 | 85.38 | 56.57 | 92.13
+                Quantized | 745 | 81.89 | 85.73 | 56.87 | 92.12
+                """,
+            "ConvNeXt-B": """
+                Unquantized | 2832 | 82.68 | 85.70 | 55.52 | 92.08
+                Quantized | 741 | 82.63 | 85.60 | 55.87 | 92.04
+                """,
+        },
+        _TWO_NAMES,
     ),
-    3: (
-        *_rows(3, "ViT-B/16", _THREE, "VPT | 0.54 | 76.33 | 84.75 | 49.82 | 89.12\nLRP | 0.54 | 75.48 | 83.18 | 48.86 | 88.64"),
-        *_rows(3, "Swin-B", _THREE, "VPT | 0.69 | 80.94 | 84.43 | 45.23 | 91.34\nLRP | 0.61 | 81.32 | 84.97 | 49.13 | 91.62"),
-        *_rows(3, "ConvNeXt-B", _THREE, "VPT | 1.12 | 77.66 | 83.83 | 39.32 | 91.88\nLRP | 0.74 | 81.29 | 85.12 | 50.05 | 92.00"),
+    3: _rows(
+        3,
+        _THREE,
+        {
+            "ViT-B/16": """
+                VPT | 0.54 | 76.33 | 84.75 | 49.82 | 89.12
+                LRP | 0.54 | 75.48 | 83.18 | 48.86 | 88.64
+                """,
+            "Swin-B": """
+                VPT | 0.69 | 80.94 | 84.43 | 45.23 | 91.34
+                LRP | 0.61 | 81.32 | 84.97 | 49.13 | 91.62
+                """,
+            "ConvNeXt-B": """
+                VPT | 1.12 | 77.66 | 83.83 | 39.32 | 91.88
+                LRP | 0.74 | 81.29 | 85.12 | 50.05 | 92.00
+                """,
+        },
     ),
-    4: (
-        *_rows(
-            4,
-            "ViT-B/16",
-            ACCURACIES,
-            """
-            Bias         | 75.38 | 83.41 | 45.66 | 87.58
-            Bias+LRP     | 76.29 | 83.72 | 49.53 | 88.61
-            Bias+LRP+LSB | 76.55 | 84.54 | 52.29 | 89.10
-            """,
-        ),
-        *_rows(
-            4,
-            "Swin-B",
-            ACCURACIES,
-            """
-            Bias         | 80.73 | 85.18 | 48.31 | 90.59
-            Bias+LRP     | 82.12 | 85.99 | 53.67 | 91.82
-            Bias+LRP+LSB | 82.23 | 85.38 | 56.57 | 92.13
-            """,
-        ),
-        *_rows(
-            4,
-            "ConvNeXt-B",
-            ACCURACIES,
-            """
-            Bias         | 80.19 | 83.86 | 50.46 | 91.15
-            Bias+LRP     | 82.74 | 85.53 | 53.78 | 92.10
-            Bias+LRP+LSB | 82.68 | 85.70 | 55.52 | 92.08
-            """,
-        ),
+    4: _rows(
+        4,
+        ACCURACIES,
+        {
+            "ViT-B/16": """
+                Bias         | 75.38 | 83.41 | 45.66 | 87.58
+                Bias+LRP     | 76.29 | 83.72 | 49.53 | 88.61
+                Bias+LRP+LSB | 76.55 | 84.54 | 52.29 | 89.10
+                """,
+            "Swin-B": """
+                Bias         | 80.73 | 85.18 | 48.31 | 90.59
+                Bias+LRP     | 82.12 | 85.99 | 53.67 | 91.82
+                Bias+LRP+LSB | 82.23 | 85.38 | 56.57 | 92.13
+                """,
+            "ConvNeXt-B": """
+                Bias         | 80.19 | 83.86 | 50.46 | 91.15
+                Bias+LRP     | 82.74 | 85.53 | 53.78 | 92.10
+                Bias+LRP+LSB | 82.68 | 85.70 | 55.52 | 92.08
+                """,
+        },
     ),
     5: (
         *(

@@ -28,6 +28,7 @@ from s2a_fx.paper_figures import (
     Setting,
 )
 from s2a_fx.recipes import RECIPES
+from s2a_fx.report import Refusal
 from s2a_fx.trace import base_parameters, trace
 from s2a_fx.transform import transform
 from s2a_fx.zoo import timm_model
@@ -61,17 +62,19 @@ def paper_cells(tables: Sequence[int], jobs: int = 1) -> tuple[Cell, ...]:
     return tuple(cell for row, ours in zip(rows, computed, strict=True) for cell in _cells(row, ours))
 
 
-def method_cells(name: str, batch_size: int, jobs: int = 1) -> tuple[Cell, ...]:
-    """Table 1's columns for every recipe that fits a timm model, for which the paper has no figures."""
+def method_cells(name: str, batch_size: int, jobs: int = 1) -> tuple[tuple[Cell, ...], tuple[Refusal, ...]]:
+    """Table 1's columns for every recipe on a timm model that the paper has no figures for; and the recipes that do not fit it."""
     rows = [Row(1, name, recipe, {}, Setting(passes)) for recipe, passes in RECIPES.items()]
 
-    def computed(row: Row) -> dict[str, float]:
+    def computed(row: Row) -> dict[str, float] | Refusal:
         try:
             return _computed(row, name, batch_size)
-        except PassError:  # a method that does not fit the model has no row
-            return {}
+        except PassError as error:
+            return Refusal(row.method, str(error))
 
-    return tuple(cell for row, ours in zip(rows, fork_map(computed, rows, jobs), strict=True) for cell in _cells(row, ours))
+    results = fork_map(computed, rows, jobs)
+    cells = [cell for row, ours in zip(rows, results, strict=True) if isinstance(ours, dict) for cell in _cells(row, ours)]
+    return tuple(cells), tuple(r for r in results if isinstance(r, Refusal))
 
 
 def _computed(row: Row, name: str, batch_size: int = BATCH_SIZE) -> dict[str, float]:

@@ -138,6 +138,9 @@ class Refusal:
     recipe: str
     reason: str
 
+    def __str__(self) -> str:
+        return f"{self.recipe} does not fit: {self.reason}"
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -180,7 +183,7 @@ class Comparison:
             f"saved / {versus}", f"peak / {versus}", "paper MB", "the peak stands at",
         )  # fmt: skip
         table = tabulate(lines, headers, disable_numparse=True, colalign=("left", *["right"] * 8, "left"))
-        return "\n".join([table, *(f"{r.recipe} does not fit: {r.reason}" for r in self.refusals)])
+        return "\n".join([table, *map(str, self.refusals)])
 
     def to_json(self) -> dict[str, Any]:
         """All figures as plain data: what was simulated, and `recipes` by name."""

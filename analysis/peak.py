@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from s2a_fx.analysis.ledger import Place, StepRecord
 from s2a_fx.analysis.provenance import module_path
-from s2a_fx.analysis.simulation import Place, StepRecord
 
 KINDS = ("parameter", "buffer", "gradient", "optimizer", "input", "saved", "temporary")
 

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from s2a_fx.analysis.ledger import StepRecord
 from s2a_fx.analysis.provenance import module_path
-from s2a_fx.analysis.simulation import StepRecord, simulate
+from s2a_fx.analysis.simulation import simulate
 
 ACTIVATION_KINDS = ("activation", "input")
 

@@ -6,77 +6,25 @@ dispatch mode sees every allocation, weak references see every release. No table
 `simulate` only records. What the record means is told by `saved.py` (what is kept) and `peak.py` (the timeline).
 """
 
-import functools
 import re
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import fx
 from torch.autograd.graph import _engine_run_backward
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from s2a_fx.analysis.device import CPU, DeviceModel
 from s2a_fx.analysis.fake import fake_mode, fake_modules, fake_tensor, traced_inputs
+from s2a_fx.analysis.ledger import NODE, Ledger, SaveRecord, StepRecord, in_steady_state, tensors_in
 from s2a_fx.analysis.loss import default_loss, describe_loss
 from s2a_fx.analysis.optimizer import make_optimizer, stand_ins
 from s2a_fx.errors import InputError
 from s2a_fx.nn.checkpointed import Checkpointed
 from s2a_fx.nn.recompute import at_most_parts
-from s2a_fx.ops import SAVED, lines_of
-
-_NODE = "s2a_fx.node"
-
-
-class Place(NamedTuple):
-    """Where in the step something happens: `phase` is forward, loss, backward or optimizer; `node` a graph node or empty."""
-
-    phase: str
-    node: str
-    op: str
-
-
-class Event(NamedTuple):
-    """The allocator holds `bytes` more (or, negative, fewer) for `storage` from here on."""
-
-    storage: int
-    bytes: int
-    place: Place
-
-
-@dataclass
-class StorageRecord:
-    """A block of memory. `kind`: parameter, buffer, input, gradient, optimizer, saved or temporary."""
-
-    bytes: int
-    kind: str
-    made: Place
-    last_read: str = ""  # the last node of the forward that takes it as an operand
-
-
-@dataclass(frozen=True)
-class SaveRecord:
-    """Autograd keeps a view of `storage` for the backward of `node`."""
-
-    storage: int
-    node: str
-    operand: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    order: int
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """A simulated step: `saves` are those alive when the forward ends."""
-
-    storages: tuple[StorageRecord, ...]
-    saves: tuple[SaveRecord, ...]
-    events: tuple[Event, ...]
-    assumptions: tuple[str, ...]
+from s2a_fx.ops import SAVED
 
 
 def simulate(
@@ -104,7 +52,7 @@ def simulate(
     model = fake_modules(gm, mode)
     inputs = tuple(fake_tensor(t, mode, batch_size) for t in traced_inputs(gm))
     trained = [p for p in model.parameters() if p.requires_grad]
-    ledger = _Ledger(device)
+    ledger = Ledger(device)
     parts = 1 if forward_only else 3  # the first makes what all write to, the second what all add to; then they are alike
     with mode, device.functions(), at_most_parts(parts):
         stepped = stand_ins(optimizer, trained, device.foreach)
@@ -126,7 +74,7 @@ def simulate(
                 del output
                 if value.requires_grad:
                     ledger.enter("backward", "")
-                    _run_backward(value)
+                    run_backward(value)
                     ledger.claim((p.grad for p in trained if p.grad is not None), "gradient")
                 del value
                 if steps is not None:
@@ -136,113 +84,14 @@ def simulate(
                         ledger.claim_state(steps.state[parameter].values(), count)
     ledger.close()
     assumptions = device.assumptions if forward_only else (*device.assumptions, described)
-    return StepRecord(tuple(ledger.storages), saves, _in_steady_state(ledger), assumptions)
+    return StepRecord(tuple(ledger.storages), saves, in_steady_state(ledger), assumptions)
 
 
-def _run_backward(value: torch.Tensor) -> None:
+def run_backward(value: torch.Tensor) -> None:
     """`value.backward()`, but a mode for functions stays on: torch's own call suspends it, and with it what is computed again."""
     if value.numel() != 1:
         raise InputError(f"loss: got a tensor of shape {tuple(value.shape)}, wanted a single number; take its mean.")
     _engine_run_backward((value,), (torch.ones_like(value),), False, False, (), allow_unreachable=True, accumulate_grad=True)
-
-
-def _in_steady_state(ledger: "_Ledger") -> tuple[Event, ...]:
-    """The events of a later step: the optimizer's state, made at the end of the simulated first step, is there from the start."""
-    state = [e for e in ledger.events if ledger.storages[e.storage].kind == "optimizer"]
-    rest = [e for e in ledger.events if ledger.storages[e.storage].kind != "optimizer"]
-    return (*(e._replace(place=Place("forward", "", "")) for e in state), *rest)
-
-
-@functools.cache
-def _short_name(operator: Any) -> str:
-    return str(operator._schema.name).rpartition("::")[2]
-
-
-def _tensors(value: Any) -> list[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        return [value]
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
-
-
-class _Ledger(TorchDispatchMode):
-    """Writes down every storage that comes and goes."""
-
-    def __init__(self, device: DeviceModel) -> None:
-        super().__init__()
-        self.device = device
-        self.storages: list[StorageRecord] = []
-        self.events: list[Event] = []
-        self.live: dict[int, int] = {}  # storage pointer -> index
-        self.place = Place("forward", "", "")
-        self.closed = False
-
-    def enter(self, phase: str, node: str) -> None:
-        self.place = Place(phase, node, "")
-
-    def own(self, tensors: Iterable[torch.Tensor], kind: str) -> None:
-        for tensor in tensors:
-            self.index_of(tensor, kind)
-
-    def claim(self, tensors: Iterable[torch.Tensor], kind: str) -> None:
-        """Say what storages, first seen as temporaries, turned out to be."""
-        for tensor in tensors:
-            record = self.storages[self.index_of(tensor)]
-            if record.kind in ("temporary", "saved"):
-                record.kind = kind
-
-    def claim_state(self, values: Iterable[Any], count: int) -> None:
-        """An optimizer's state for one parameter, which stands for `count` parameters like it."""
-        tensors = [t for t in values if isinstance(t, torch.Tensor)]
-        self.claim(tensors, "optimizer")
-        for tensor in tensors * (count - 1):
-            self._open(self.storages[self.index_of(tensor)].bytes, "optimizer")
-
-    def index_of(self, tensor: torch.Tensor, kind: str = "temporary") -> int:
-        storage = tensor.untyped_storage()
-        pointer = storage._cdata
-        if pointer not in self.live:
-            index = self._open(storage.nbytes(), kind)
-            self.live[pointer] = index
-            weakref.finalize(storage, self._release, pointer)
-        return self.live[pointer]
-
-    def _open(self, nbytes: int, kind: str) -> int:
-        self.storages.append(StorageRecord(nbytes, kind, self.place))
-        self.events.append(Event(len(self.storages) - 1, self.device.allocated(nbytes), self.place))
-        return len(self.storages) - 1
-
-    def _release(self, pointer: int) -> None:
-        index = self.live.pop(pointer)
-        if not self.closed:
-            self.events.append(Event(index, -self.device.allocated(self.storages[index].bytes), self.place))
-
-    def close(self) -> None:
-        """What is released from here on belongs to the simulation's own end."""
-        self.closed = True
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        self.place = Place(self.place.phase, self._node(), _short_name(func))
-        lines = lines_of(func)
-        if lines is not None:  # run the op's own lines, so that their temporaries are seen
-            with self:
-                return lines(*args, **(kwargs or {}))
-        result = func(*args, **(kwargs or {}))
-        for tensor in _tensors(result):
-            self.index_of(tensor)
-        scratch = self.device.scratch(func, args, result)
-        if scratch:
-            index = self._open(scratch, "temporary")
-            self.events.append(Event(index, -self.device.allocated(scratch), self.place))
-        return result
-
-    def _node(self) -> str:
-        """In the backward, the graph node whose gradient is being computed."""
-        if self.place.phase != "backward":
-            return self.place.node
-        running: Any = torch._C._current_autograd_node()
-        if running is None:
-            return self.place.node
-        return str(running.metadata.get(_NODE, self.place.node))
 
 
 @dataclass(eq=False)
@@ -259,7 +108,7 @@ class _Token:
 class _Keeper:
     """The saved-tensor hooks, and the names of what they saw."""
 
-    def __init__(self, ledger: _Ledger) -> None:
+    def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
         self.tokens: weakref.WeakSet[_Token] = weakref.WeakSet()
         self.order = 0
@@ -288,9 +137,9 @@ class _Keeper:
         stack: list[Any] = [v.grad_fn for v in values if v.grad_fn is not None]
         while stack:
             function = stack.pop()
-            if function is None or _NODE in function.metadata:
+            if function is None or NODE in function.metadata:
                 continue
-            function.metadata[_NODE] = node
+            function.metadata[NODE] = node
             for attribute in () if self.checkpointed else self._saved_attributes(function):
                 self.naming = _operand_names(function, attribute)
                 getattr(function, attribute)
@@ -325,7 +174,7 @@ def _operand_names(node: Any, attribute: str) -> list[str]:
 class _Runner(fx.Interpreter):
     """Runs the graph, telling ledger and keeper which node is at work."""
 
-    def __init__(self, model: torch.nn.Module, graph: fx.Graph, ledger: _Ledger, keeper: _Keeper) -> None:
+    def __init__(self, model: torch.nn.Module, graph: fx.Graph, ledger: Ledger, keeper: _Keeper) -> None:
         super().__init__(model, graph=graph)
         self.extra_traceback = False
         self.ledger = ledger
@@ -334,9 +183,9 @@ class _Runner(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         self.ledger.enter("forward", n.name)
         for operand in n.all_input_nodes:
-            for tensor in _tensors(self.env[operand]):
+            for tensor in tensors_in(self.env[operand]):
                 self.ledger.storages[self.ledger.index_of(tensor)].last_read = n.name
         self.keeper.checkpointed = n.op == "call_module" and isinstance(self.module.get_submodule(str(n.target)), Checkpointed)
         result = super().run_node(n)
-        self.keeper.label(_tensors(result), n.name)
+        self.keeper.label(tensors_in(result), n.name)
         return result

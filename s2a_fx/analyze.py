@@ -9,6 +9,7 @@ from torch import fx, nn
 from s2a_fx.analysis.device import device_model
 from s2a_fx.analysis.fake import traced_inputs
 from s2a_fx.analysis.full_width import full_width_notes
+from s2a_fx.analysis.ledger import StepRecord
 from s2a_fx.analysis.notes import notes_of
 from s2a_fx.analysis.paper import paper_bytes
 from s2a_fx.analysis.peak import peak, timeline
@@ -24,6 +25,8 @@ from s2a_fx.transform import transform
 Loss = Callable[[Any], torch.Tensor]
 MakeOptimizer = Callable[..., torch.optim.Optimizer]
 
+MODES = ("eager", "compile")
+
 
 def analyze(
     model: nn.Module,
@@ -33,6 +36,7 @@ def analyze(
     optimizer: str | MakeOptimizer | None = "adamw",
     loss: Loss | None = None,
     name: str | None = None,
+    mode: str = "eager",
 ) -> MemoryReport:
     """What a training step of `model`, as it is, keeps and peaks at. Nothing is run for real, nothing is allocated.
 
@@ -44,12 +48,15 @@ def analyze(
         optimizer: `adamw`, `adam`, `sgd`, a function from parameters to an optimizer, or None.
         loss: from the model's output to a scalar; left out, cross-entropy for outputs of shape (batch, classes).
         name: what to call the model in the report.
+        mode: `eager`, or `compile` for the step as torch.compile runs it: what AOTAutograd's partitioner saves, the compiler's settings
+            (`activation_memory_budget`, say) as they stand. The peak is then an upper bound: operators count unfused.
 
     Raises:
         S2AError: the model cannot be traced, or an argument does not fit.
     """
+    _check_mode(mode)
     gm = trace(model, example_inputs)
-    return _report(gm, name or type(model).__name__, "as given", device, optimizer, loss)
+    return _report(gm, name or type(model).__name__, "as given", device, optimizer, loss, mode)
 
 
 def compare(
@@ -63,12 +70,14 @@ def compare(
     name: str | None = None,
     jobs: int = 1,
     tell_refusals: bool = False,
+    modes: Sequence[str] = ("eager",),
 ) -> Comparison:
     """Reports of `model` under several recipes.
 
     Args:
         recipes: each a name or a sequence of passes.
         tell_refusals: let the comparison tell which recipes do not fit the model, and why, instead of raising a `PassError`.
+        modes: `eager`, `compile` or both (see `analyze`); a compiled step is called `NAME, compiled`.
         jobs: processes to share the recipes among; they are forked, so leave 1 in a process that has used CUDA or run a backward.
 
     The other arguments are those of `analyze`.
@@ -80,32 +89,41 @@ def compare(
     for recipe in recipes:
         resolve(recipe)  # an unknown name is told before the work begins
     device_model(device)
+    for mode in modes:
+        _check_mode(mode)
     gm = trace(model, example_inputs)
     inputs = traced_inputs(gm)
     called = name or type(model).__name__
 
-    def report(recipe: str | Sequence[GraphPass]) -> MemoryReport | Refusal:
+    def report(step: tuple[str | Sequence[GraphPass], str]) -> MemoryReport | Refusal:
+        recipe, mode = step
+        title = name_of(recipe) if mode == "eager" else f"{name_of(recipe)}, compiled"
         try:
-            return _report(transform(gm, inputs, recipe), called, name_of(recipe), device, optimizer, loss)
+            return _report(transform(gm, inputs, recipe), called, title, device, optimizer, loss, mode)
         except PassError as error:
             if not tell_refusals:
                 raise
             return Refusal(name_of(recipe), str(error))
 
-    results = fork_map(report, recipes, jobs)
+    results = fork_map(report, [(recipe, mode) for recipe in recipes for mode in modes], jobs)
     reports = tuple(r for r in results if isinstance(r, MemoryReport))
-    refusals = tuple(r for r in results if isinstance(r, Refusal))
+    refusals = tuple(dict.fromkeys(r for r in results if isinstance(r, Refusal)))
     if not reports:
         raise PassError(f"no recipe fits {called}: " + " ".join(f"{r.recipe}: {r.reason}" for r in refusals))
     return Comparison(reports, refusals)
 
 
+def _check_mode(mode: str) -> None:
+    if mode not in MODES:
+        raise InputError(f"mode: got {mode!r}, wanted {' or '.join(MODES)}.")
+
+
 def _report(
-    gm: fx.GraphModule, name: str, recipe: str, device: str, optimizer: str | MakeOptimizer | None, loss: Loss | None
+    gm: fx.GraphModule, name: str, recipe: str, device: str, optimizer: str | MakeOptimizer | None, loss: Loss | None, mode: str
 ) -> MemoryReport:
-    record = simulate(gm, device=device_model(device), optimizer=optimizer, loss=loss)
-    rows = saved_tensors(gm, record)
-    moments = timeline(gm, record)
+    step, record = _simulated(gm, mode, device=device_model(device), optimizer=optimizer, loss=loss)
+    rows = saved_tensors(step, record)
+    moments = timeline(step, record)
     parameters = list(gm.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     first = traced_inputs(gm)[0]
@@ -126,6 +144,15 @@ def _report(
         peak=peak(moments),
         timeline=moments,
         saved=rows,
-        notes=(*notes_of(gm), *full_width_notes(gm, rows)),
+        notes=(*notes_of(gm), *(full_width_notes(gm, rows) if mode == "eager" else ())),
         assumptions=record.assumptions,
     )
+
+
+def _simulated(gm: fx.GraphModule, mode: str, **options: Any) -> tuple[fx.GraphModule, StepRecord]:
+    """The simulated step, and the graph whose nodes it names."""
+    if mode == "eager":
+        return gm, simulate(gm, **options)
+    from s2a_fx.analysis.compiled_step import simulate_compiled  # Inductor takes seconds to import
+
+    return simulate_compiled(gm, **options)

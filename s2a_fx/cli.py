@@ -15,7 +15,7 @@ from tabulate import tabulate
 from s2a_fx.analysis.device import device_model
 from s2a_fx.analysis.fit import LIMIT, largest_batch
 from s2a_fx.analysis.optimizer import OPTIMIZERS
-from s2a_fx.analyze import compare
+from s2a_fx.analyze import MODES, compare
 from s2a_fx.errors import InputError, S2AError
 from s2a_fx.html import to_html
 from s2a_fx.paper_figures import BATCH_SIZE, TABLES
@@ -87,6 +87,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and images (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="whose kernels to assume, cpu or cuda; none is used (default: cpu)")
     parser.add_argument("--optimizer", default="adamw", help=f"{', '.join(OPTIMIZERS)} (default: %(default)s)")
+    parser.add_argument("--compiled", action="store_true", help="set beside each recipe what torch.compile makes of it")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the report as a page with the step's timeline")
 
@@ -146,6 +147,7 @@ def _simulate(options: argparse.Namespace, recipes: list[str], tell_refusals: bo
         name=options.model,
         jobs=options.jobs,
         tell_refusals=tell_refusals,
+        modes=MODES if options.compiled else MODES[:1],
     )
     if options.json:
         _write(options.json, json.dumps(comparison.to_json(), indent=1))

@@ -11,6 +11,10 @@ from steps import ten_steps
 
 import s2a_fx
 from s2a_fx.analysis.measure import measure_saved_bytes
+from s2a_fx.passes import CompressActivations, FuseAttention
+from s2a_fx.recipes import BIAS_LRP_LSB
+
+EVERYTHING = (*BIAS_LRP_LSB, FuseAttention(), CompressActivations(smallest=0))
 
 
 def gradients(module, gm, x):
@@ -20,7 +24,9 @@ def gradients(module, gm, x):
     return torch.cat([p.grad.flatten() for p in gm.parameters() if p.grad is not None])
 
 
-@pytest.mark.parametrize("recipe", ["s2a", pytest.param("s2a-max", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "recipe", ["s2a", EVERYTHING, pytest.param("s2a-max", marks=pytest.mark.slow)], ids=["s2a", "everything", "s2a-max"]
+)
 def test_one_graph_has_the_gradients_of_eager_mode(vit, recipe):
     model, x = vit
     gm = s2a_fx.transform(model, x, recipe)

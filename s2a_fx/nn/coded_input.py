@@ -77,7 +77,6 @@ class CodedInput(Recomputed):
         """`forward` for a compiler (see `nn/compiled.py`)."""
         activations, operands = arguments[: self.activations], arguments[self.activations :]
         with torch.no_grad():
-            value = self.body(*arguments)
             coded = [self._encoded(index, x) for index, x in enumerate(activations)]
 
         def part(*tensors: Any) -> torch.Tensor:
@@ -89,11 +88,16 @@ class CodedInput(Recomputed):
             return self.backward_body(*decoded, *tensors[3 * self.activations :])  # type: ignore[no-any-return]
 
         given = [t for x, codes in zip(activations, coded, strict=True) for t in (x, *codes)]
-        return recomputed(part, value, *given, *operands)
+        return recomputed(lambda: self.body(*arguments), part, *given, *operands)
 
     def _encoded(self, index: int, x: torch.Tensor) -> Coded:
-        coded = torch.sub(x, x.mean(-2, keepdim=True), out=x.new_empty(x.shape)) if index in self.centered else x
-        return self.codec.encode(flat.rows(coded, GROUP))
+        if index in self.centered:
+            mean = x.mean(-2, keepdim=True)
+            if torch.compiler.is_compiling():  # a compiler takes the strides of x for those of `out`
+                x = x.contiguous() - mean
+            else:
+                x = torch.sub(x, mean, out=x.new_empty(x.shape))  # contiguous without a copy
+        return self.codec.encode(flat.rows(x, GROUP))
 
     def extra_repr(self) -> str:
         return f"activations={self.activations}, bits={self.codec.bits}, centered={self.centered}, {self.parts}"

@@ -37,9 +37,15 @@ def _may_draw(part: fx.GraphModule, node: fx.Node) -> bool:
     return called and any(word in str(node.target) for word in ("rand", "bernoulli", "dropout"))
 
 
-def recomputed(part: Callable[..., torch.Tensor], value: torch.Tensor, *arguments: Any) -> torch.Tensor:
-    """`value`, whose gradient is that of `part(*arguments)`, computed in the backward."""
-    return _Instead.apply(value, checkpoint(part, *arguments, use_reentrant=False))  # type: ignore[no-any-return]
+def recomputed(value: Callable[[], torch.Tensor], part: Callable[..., torch.Tensor], *arguments: Any) -> torch.Tensor:
+    """What `value` returns, with the gradient of `part(*arguments)`, computed in the backward.
+
+    The part comes first: of equal operators, here those on weights alone, a compiler keeps the first, and that one is recomputed.
+    """
+    stand_in = checkpoint(part, *arguments, use_reentrant=False)
+    with torch.no_grad():
+        seen = value()
+    return _Instead.apply(seen, stand_in)  # type: ignore[no-any-return]
 
 
 class _Instead(torch.autograd.Function):

@@ -63,7 +63,6 @@ class RecomputedBranch(Recomputed):
         width = x.shape[-1]
         with torch.no_grad():
             y, mean, rstd = self.norm(x, weight, bias)
-            value = self.body(y, *operands)
             rows = x.reshape(-1, width)
             shift = channel_means(rows, mean, rstd)
             codes = (*normalize_encode(rows, mean, rstd, shift, self.codec.bits, self.group), rstd.bfloat16(), shift)
@@ -75,7 +74,7 @@ class RecomputedBranch(Recomputed):
             decoded = DecodedNorm.apply(x.reshape(-1, width), scale, added, *tensors[:4], *options)
             return self.backward_body(decoded.view(x.shape), *tensors[4:])  # type: ignore[no-any-return]
 
-        return recomputed(part, value, x, scale, added, *codes, *operands)
+        return recomputed(lambda: self.body(y, *operands), part, x, scale, added, *codes, *operands)
 
     def extra_repr(self) -> str:
         return f"{self.norm}, bits={self.codec.bits}, group={self.group}, images={self.images}"

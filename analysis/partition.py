@@ -1,0 +1,137 @@
+"""What torch.compile makes of a training step: AOTAutograd's forward and backward graphs, after Inductor's own passes and min-cut.
+
+The model is compiled on fake tensors up to the point where Inductor would generate code, and no further: nothing is compiled to
+machine code, nothing is allocated. `activation_memory_budget` and every other setting of the compiler count as they stand.
+"""
+
+import copy
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._functorch import config as aot_config
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._inductor.compile_fx import compile_fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from s2a_fx.analysis.fake import fake_tensor, traced_inputs
+from s2a_fx.analysis.loss import default_loss
+from s2a_fx.analysis.provenance import module_path
+from s2a_fx.analysis.simulation import run_backward
+from s2a_fx.errors import InputError
+
+
+@dataclass(frozen=True)
+class Partition:
+    """A compiled training step, as two graphs of ATen operators.
+
+    Attributes:
+        model: the fake copy of the model that was compiled.
+        inputs: the fake inputs it was compiled for.
+        arguments: what the forward graph is called with: the model's own parameters and buffers, and the inputs.
+        forward: returns what the model returns, then what the backward needs.
+        results: which of the forward's outputs the model returns; what it writes into its buffers comes before them.
+        saved: which of the forward's outputs go to the backward.
+        restore: from these outputs to what the model returns.
+        backward: from the saved tensors and the gradients of the outputs to the gradients of `arguments`; None if nothing trains.
+    """
+
+    model: nn.Module
+    inputs: tuple[Any, ...]
+    arguments: tuple[Any, ...]
+    forward: fx.GraphModule
+    results: slice
+    saved: slice
+    restore: Callable[[Sequence[Any]], Any]
+    backward: fx.GraphModule | None
+
+
+def partition(gm: fx.GraphModule, mode: FakeTensorMode, batch_size: int | None = None) -> Partition:
+    """Compile `gm` for training on fake tensors of `mode`, as `torch.compile(gm, fullgraph=True)` would.
+
+    Raises:
+        InputError: the model does not compile as one graph.
+    """
+    memo: dict[int, Any] = {id(t): fake_tensor(t, mode) for t in [*gm.parameters(), *gm.buffers()]}
+    model = copy.deepcopy(gm, memo)
+    inputs = tuple(fake_tensor(t, mode, batch_size) for t in traced_inputs(gm))
+    recorder = _Recorder()
+    with mode, aot_config.patch(enable_autograd_cache=False):  # type: ignore[attr-defined]
+        try:
+            output = torch.compile(model, backend=recorder, fullgraph=True)(*inputs)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = str(error).strip().splitlines()[0]
+            raise InputError(f"torch.compile does not take this model as one graph: {reason}; use mode='eager'.") from error
+        loss = default_loss(output)
+        if loss.requires_grad:  # the backward is compiled when it is first run
+            run_backward(loss)
+    for parameter in model.parameters():
+        parameter.grad = None
+    _restore_provenance(recorder.forward)
+    return Partition(
+        model,
+        inputs,
+        recorder.arguments,
+        recorder.forward,
+        recorder.results,
+        recorder.saved,
+        _restorer(output),
+        recorder.backward,
+    )
+
+
+class _Recorder:
+    """A backend that writes down the graphs and runs them as they are."""
+
+    forward: fx.GraphModule
+    backward: fx.GraphModule | None = None
+    arguments: tuple[Any, ...]
+    results: slice
+    saved: slice
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Any) -> Any:
+        return compile_fx(gm, example_inputs, inner_compile=self._record)
+
+    def _record(self, graph: fx.GraphModule, example_inputs: Any, **options: Any) -> Any:
+        if options.get("is_backward"):
+            self.backward = graph
+            return make_boxed_func(graph.forward)
+        self.forward = graph
+        metadata = torch._guards.TracingContext.get().fw_metadata
+        assert metadata is not None
+        first = metadata.num_mutated_inp_runtime_indices
+        self.results = slice(first, first + metadata.num_outputs)
+        self.saved = slice(0, 0) if options.get("is_inference") else metadata.tensors_saved_for_backwards_slice
+
+        def run(*arguments: Any) -> Any:
+            self.arguments = arguments
+            return graph.forward(*arguments)
+
+        return make_boxed_func(run)
+
+
+def _restorer(output: Any) -> Callable[[Sequence[Any]], Any]:
+    """From a list of tensors to the structure of `output`."""
+    structure = tree_flatten(output)[1]
+    return lambda tensors: tree_unflatten(tensors, structure)
+
+
+def _restore_provenance(graph: fx.GraphModule) -> None:
+    """Write the modules' paths as the model's own, in the place of the expressions that Dynamo reads them by."""
+    for node in graph.graph.nodes:
+        stack = node.meta.get("nn_module_stack")
+        if stack:
+            path = plain_path(module_path(node))
+            node.meta["nn_module_stack"] = {path: (path, list(stack.values())[-1][1])}
+
+
+def plain_path(expression: str) -> str:
+    """`getattr(L['self'].blocks, '0').norm1` -> `blocks.0.norm1`; of a part that is recomputed, the path of the original module."""
+    inner = re.compile(r"getattr\(([^()]*), '([^']*)'\)")
+    while inner.search(expression):
+        expression = inner.sub(r"\1.\2", expression)
+    return expression.removeprefix("L['self']").lstrip(".").rpartition(".body.")[2]

@@ -105,7 +105,7 @@ class _Runner(fx.Interpreter):
 
 def _saves(plan: Partition, kept: list[Any], ledger: Ledger) -> tuple[SaveRecord, ...]:
     """A record for each tensor that goes to the backward: held by the node that made it, for the first operator that reads it."""
-    outputs = plan.forward.graph.output_node().args[0][plan.saved]  # type: ignore[index]
+    outputs: Any = plan.forward.graph.output_node().args[0][plan.saved]  # type: ignore[index]
     readers = [] if plan.backward is None else [_first_reader(p) for p in plan.backward.graph.find_nodes(op="placeholder")]
     records = []
     for order, (node, tensor, reader) in enumerate(zip(outputs, kept, readers, strict=False)):

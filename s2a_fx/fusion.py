@@ -61,11 +61,13 @@ def fused(lines: Callable[..., Any]) -> Callable[..., Any]:
         if not _enabled:
             return lines(*args)
         kernel = _kernel(lines, tuple(_option(a) for a in args))
-        tensors = [a for a in args if isinstance(a, torch.Tensor)]
+        tensors = [a.detach() for a in args if isinstance(a, torch.Tensor)]
         for tensor in tensors:
             if tensor.ndim and tensor.shape[0] > 1:
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
-        return kernel(*tensors)
+        # one kernel for all circumstances: Dynamo would make one for each mode of autograd and of autocast
+        with torch._C._AutoDispatchBelowADInplaceOrView(), torch._C._DisableAutocast():
+            return kernel(*tensors)
 
     operator = torch.library.custom_op(name, run, mutates_args=(), schema=schema)
     operator.register_fake(_remembering_shapes(lines))

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from saved_bytes import cosine
 from small_models import small_model
 from steps import ten_steps
+from torch._dynamo.utils import counters
 
 import s2a_fx
 from s2a_fx.analysis.measure import measure_saved_bytes
@@ -20,7 +21,7 @@ EVERYTHING = (*BIAS_LRP_LSB, FuseAttention(), CompressActivations(smallest=0))
 def gradients(module, gm, x):
     torch.manual_seed(0)
     gm.zero_grad()
-    F.cross_entropy(module(x), torch.arange(x.shape[0])).backward()
+    F.cross_entropy(module(x), torch.arange(x.shape[0]) % 5).backward()
     return torch.cat([p.grad.flatten() for p in gm.parameters() if p.grad is not None])
 
 
@@ -43,6 +44,28 @@ def test_ten_steps_of_inductor_have_the_losses_of_eager_mode(family):
     other = copy.deepcopy(gm)
     compiled = torch.compile(gm, fullgraph=True)
     torch.testing.assert_close(ten_steps(compiled, x, 1e-3), ten_steps(other, x, 1e-3), rtol=1e-4, atol=0)
+
+
+def test_one_more_graph_serves_every_batch(vit):
+    model, x = vit
+    gm = s2a_fx.transform(model, x, "s2a")
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = torch.compile(gm, fullgraph=True, backend="aot_eager")
+    for batch in (2, 2, 3, 4, 5):
+        gradients(compiled, gm, torch.randn(batch, *x.shape[1:]))
+    assert counters["stats"]["unique_graphs"] == 2
+    assert not counters["graph_break"]
+
+
+def test_autocast_is_seen(family):
+    model, x = small_model(family)
+    gm = s2a_fx.transform(model, x, "s2a")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        exact = gm(x)
+        compiled = torch.compile(gm, fullgraph=True, backend="aot_eager")(x)
+    torch.testing.assert_close(compiled, exact, rtol=0.05, atol=0.05)
+    assert compiled.dtype == exact.dtype == torch.bfloat16
 
 
 @pytest.mark.slow

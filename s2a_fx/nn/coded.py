@@ -88,6 +88,8 @@ class FrozenConvolution(nn.Module):
         options = (list(self.stride), list(self.padding), list(self.dilation))
         if weight.requires_grad:  # thawed since: the plain convolution trains it
             return torch.convolution(x, weight, bias, *options, False, [0] * len(self.stride), self.groups)
+        if torch.is_autocast_enabled(x.device.type):  # asked here: inside an operator a compiler does not see it
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         return frozen_convolution(x, weight, bias, *options, self.groups)  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:

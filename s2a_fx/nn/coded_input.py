@@ -69,7 +69,7 @@ class CodedInput(Recomputed):
         trained = self.trained()
         if not needs_grad(*arguments, *trained):
             return self.body(*arguments)  # type: ignore[no-any-return]
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return self.body(*arguments) if self.draws else self._compiled(*arguments)
         return _CodedInput.apply(self, len(arguments), *arguments, *trained)  # type: ignore[no-any-return]
 
@@ -93,11 +93,12 @@ class CodedInput(Recomputed):
     def _encoded(self, index: int, x: torch.Tensor) -> Coded:
         if index in self.centered:
             mean = x.mean(-2, keepdim=True)
-            if torch.compiler.is_compiling():  # a compiler takes the strides of x for those of `out`
-                x = x.contiguous() - mean
-            else:
-                x = torch.sub(x, mean, out=x.new_empty(x.shape))  # contiguous without a copy
+            compiling = torch.compiler.is_dynamo_compiling()  # a compiler takes the strides of x for those of `out`
+            x = x.contiguous() - mean if compiling else torch.sub(x, mean, out=x.new_empty(x.shape))
         return self.codec.encode(flat.rows(x, GROUP))
+
+    def run_at_once(self) -> None:
+        self.parts = WHOLE
 
     def extra_repr(self) -> str:
         return f"activations={self.activations}, bits={self.codec.bits}, centered={self.centered}, {self.parts}"

@@ -36,7 +36,7 @@ class CodedMLP(nn.Module):
         bias_2: torch.Tensor | None,
     ) -> torch.Tensor:
         frozen = not weight_1.requires_grad and not weight_2.requires_grad
-        if frozen and needs_grad(x, bias_1) and torch.compiler.is_compiling():
+        if frozen and needs_grad(x, bias_1) and torch.compiler.is_dynamo_compiling():
             u = F.linear(x, weight_1, bias_1)
             return F.linear(binned(u, self.name, self.bits)[0], weight_2, bias_2)
         if frozen and needs_grad(x, bias_1):

@@ -33,6 +33,10 @@ class Recomputed(nn.Module):
         self.__dict__.update(body=body, backward_body=backward_body)
         self.draws = may_draw(body)
 
+    def run_at_once(self) -> None:
+        """From here on run all images together: for bodies into which their number is built."""
+        raise NotImplementedError
+
     def trained(self) -> list[nn.Parameter]:
         """The part's parameters that train."""
         return [p for p in self.body.parameters() if p.requires_grad]

@@ -54,7 +54,7 @@ class RecomputedBranch(Recomputed):
         trained = self.trained()
         if not needs_grad(x, weight, bias, *operands, *trained):
             return self.body(self.norm(x, weight, bias)[0], *operands)  # type: ignore[no-any-return]
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return self.body(self.norm(x, weight, bias)[0], *operands) if self.draws else self._compiled(x, weight, bias, *operands)
         return _RecomputedBranch.apply(self, len(operands), x, weight, bias, *operands, *trained)  # type: ignore[no-any-return]
 
@@ -75,6 +75,9 @@ class RecomputedBranch(Recomputed):
             return self.backward_body(decoded.view(x.shape), *tensors[4:])  # type: ignore[no-any-return]
 
         return recomputed(lambda: self.body(y, *operands), part, x, scale, added, *codes, *operands)
+
+    def run_at_once(self) -> None:
+        self.images = 0
 
     def extra_repr(self) -> str:
         return f"{self.norm}, bits={self.codec.bits}, group={self.group}, images={self.images}"

@@ -1,5 +1,7 @@
 """A tensor as rows of a fixed width, in the order in which it lies in memory: what elementwise codes are packed from."""
 
+import math
+
 import torch
 
 _WIDTHS = (1024, 64, 8)  # few, since a kernel is compiled for each; the last resort is the middle one, padded
@@ -13,7 +15,7 @@ def width_of(numel: int) -> int:
 def row_count(numel: int) -> tuple[int, int]:
     """The (rows, width) into which `numel` elements are laid."""
     width = width_of(numel)
-    return -(-numel // width), width
+    return (numel // width if numel % width == 0 else numel // width + 1), width
 
 
 def rows(x: torch.Tensor, width: int = 0) -> torch.Tensor:
@@ -28,7 +30,9 @@ def rows(x: torch.Tensor, width: int = 0) -> torch.Tensor:
 
 def restore(values: torch.Tensor, shape: torch.Size, channels_last: bool) -> torch.Tensor:
     """The tensor of `shape` that `rows` were made of."""
-    flat = values.reshape(-1)[: shape.numel()]
+    flat, count = values.reshape(-1), math.prod(shape)  # torch.Size's own count would fix a symbolic batch
+    if flat.numel() != count:
+        flat = flat[:count]
     if channels_last:
         batch, channels, height, width = shape
         return flat.view(batch, height, width, channels).permute(0, 3, 1, 2)

@@ -19,11 +19,9 @@ def frozen_convolution_kernel(
     dilation: list[int],
     groups: int,
 ) -> torch.Tensor:
-    """The convolution of `x`, in its own precision or autocast's."""
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    return torch.convolution(x, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
+    """The convolution of `x`, in its precision."""
+    bias = None if bias is None else bias.to(x.dtype)
+    return torch.convolution(x, weight.to(x.dtype), bias, stride, padding, dilation, False, [0] * len(stride), groups)
 
 
 frozen_convolution = torch.library.custom_op("s2a_fx::frozen_convolution", frozen_convolution_kernel, mutates_args=())

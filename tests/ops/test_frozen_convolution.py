@@ -19,7 +19,7 @@ def both(x, weight, bias, stride, padding, dilation, groups):
     leaves = [t for t in (x, bias) if t is not None and t.requires_grad]
     options = [[value] * (x.ndim - 2) if isinstance(value, int) else list(value) for value in (stride, padding, dilation)]
     outputs = [
-        frozen_convolution(x, weight, bias, *options, groups),
+        FrozenConvolution(*map(tuple, options), groups)(x, weight, bias),
         PLAIN[x.ndim - 2](x, weight, bias, *options, groups),
     ]
     grad = torch.randn_like(outputs[1])

@@ -27,7 +27,7 @@ ORDER = [
     "fork_map",
     "transform",
 ]
-ORDER += ["dynamo_graph", "backend", "html", "analyze", "paper_figures", "paper_tables", "cli"]
+ORDER += ["dynamo_graph", "backend", "inductor", "html", "analyze", "paper_figures", "paper_tables", "cli"]
 
 
 def _imports(path: Path) -> set[str]:

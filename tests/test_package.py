@@ -27,7 +27,7 @@ ORDER = [
     "fork_map",
     "transform",
 ]
-ORDER += ["html", "analyze", "paper_figures", "paper_tables", "cli"]
+ORDER += ["html", "analyze", "paper_figures", "paper_tables", "arguments", "finetune", "cli"]
 
 
 def _imports(path: Path) -> set[str]:

@@ -1,0 +1,89 @@
+"""The model of a run, with the weights that it begins with."""
+
+import hashlib
+import inspect
+from pathlib import Path
+
+import torch
+from timm.data import resolve_data_config
+from timm.models import load_state_dict
+from torch import fx, nn
+
+from s2a_fx.errors import InputError
+from s2a_fx.finetune.options import FinetuneOptions
+from s2a_fx.zoo import create_model
+
+
+def build_model(options: FinetuneOptions, classes: int, weights: bool = True) -> tuple[nn.Module, tuple[str, ...]]:
+    """timm's model with a head for `classes`, and the names of the parameters that no source of weights had.
+
+    Args:
+        weights: read them from the options' source; otherwise they are random.
+
+    Raises:
+        InputError: timm has no such model, or the file's weights are another's.
+    """
+    pretrained = options.pretrained and weights
+    try:
+        model = create_model(
+            options.model, num_classes=classes, image_size=options.image_size, pretrained=pretrained, **options.model_options
+        )
+    except OSError as error:
+        raise InputError(f"{options.model}: its weights cannot be had from the hub: {error}. Give a file with --checkpoint.") from error
+    return model, load_weights(model, options.checkpoint) if options.checkpoint and weights else ()
+
+
+def image_shape(model: nn.Module, options: FinetuneOptions) -> tuple[int, int, int]:
+    """(C, H, W) of the images that the run gives to the model."""
+    channels, height, width = resolve_data_config({}, model=model)["input_size"]
+    return (channels, height, width) if options.image_size is None else (channels, options.image_size, options.image_size)
+
+
+def load_weights(model: nn.Module, file: Path) -> tuple[str, ...]:
+    """Read timm weights from a file into the model; the names of the head's parameters that it has not, or of another size.
+
+    Only tensors are read: no code that a file may hold is run.
+
+    Raises:
+        InputError: there is no such file, it holds no weights, or not this model's.
+    """
+    if not file.is_file():
+        raise InputError(f"{file}: there is no such file; give timm weights, .safetensors or a state dict written by torch.save.")
+    try:
+        found = load_state_dict(str(file), weights_only=True)
+        adapt = getattr(inspect.getmodule(type(model)), "checkpoint_filter_fn", None)
+        found = adapt(found, model) if adapt else found  # timm's own: position embeddings for another size of image
+        tensors = {name: t for name, t in found.items() if isinstance(t, torch.Tensor)}
+    except Exception as error:  # each format has errors of its own
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"{file}: cannot be read as weights: {first}; give .safetensors or a state dict written by torch.save."
+        ) from error
+    own = model.state_dict()
+    heads = tuple(f"{name}." for name in _names(model.pretrained_cfg["classifier"]))
+    of_head = tuple(n for n in own if n.startswith(heads) and (n not in tensors or tensors[n].shape != own[n].shape))
+    missing = [name for name in own if name not in tensors and name not in of_head]
+    strange = [name for name in tensors if name not in own and not name.startswith(heads)]
+    sizes = [n for n, t in tensors.items() if n in own and t.shape != own[n].shape and n not in of_head]
+    for kind, names in (("lacks", missing), ("also has", strange), ("has in another size", sizes)):
+        if names:
+            raise InputError(
+                f"{file}: the weights of another model: {kind} {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}; "
+                "give weights of the model that is tuned."
+            )
+    model.load_state_dict({n: t for n, t in tensors.items() if n in own and n not in of_head}, strict=False)
+    return of_head
+
+
+def _names(classifier: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (classifier,) if isinstance(classifier, str) else tuple(classifier or ())
+
+
+def fingerprint(gm: fx.GraphModule) -> str:
+    """A digest of the weights that do not train: two models with the same need only the trained ones to be alike."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(gm.named_parameters()):
+        if not parameter.requires_grad:
+            digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+            digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

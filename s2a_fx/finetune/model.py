@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from timm.data import resolve_data_config
+from timm.layers import freeze_batch_norm_2d
 from timm.models import load_state_dict
 from torch import fx, nn
 
@@ -30,7 +31,8 @@ def build_model(options: FinetuneOptions, classes: int, weights: bool = True) ->
         )
     except OSError as error:
         raise InputError(f"{options.model}: its weights cannot be had from the hub: {error}. Give a file with --checkpoint.") from error
-    return model, load_weights(model, options.checkpoint) if options.checkpoint and weights else ()
+    new = load_weights(model, options.checkpoint) if options.checkpoint and weights else ()
+    return freeze_batch_norm_2d(model) if options.freeze_batch_norm else model, new
 
 
 def image_shape(model: nn.Module, options: FinetuneOptions) -> tuple[int, int, int]:

@@ -50,6 +50,7 @@ class FinetuneOptions:
         pretrained: load timm's weights for the model from the hub.
         checkpoint: a file of timm weights, `.safetensors` or a state dict of `torch.save`.
         parallel: `ddp` or `fsdp`, in the processes that torchrun starts; None for `ddp` if there are several.
+        freeze_batch_norm: batch norms are constants: they neither train nor follow the statistics of the new data.
         model_options: further arguments of `timm.create_model`.
 
     Raises:
@@ -89,6 +90,7 @@ class FinetuneOptions:
     pretrained: bool = False
     checkpoint: Path | None = None
     parallel: str | None = None
+    freeze_batch_norm: bool = False
     model_options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

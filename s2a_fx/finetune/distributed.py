@@ -90,7 +90,7 @@ def without_sync(model: nn.Module, without: bool) -> AbstractContextManager[Any]
 
 def whole(value: Any) -> Any:
     """A tensor with all processes' shards; anything else as it is. All processes call it together."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
+    return value.full_tensor().detach().clone() if isinstance(value, DTensor) else value
 
 
 def like_shards(value: Any, parameter: torch.Tensor) -> Any:

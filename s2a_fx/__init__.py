@@ -11,6 +11,7 @@ Passes are in `s2a_fx.passes`, analyses in `s2a_fx.analysis`, recipes in `s2a_fx
 from s2a_fx.adapter import TaskAdapter, load_adapter, read_adapter, save_adapter
 from s2a_fx.analyze import analyze, compare
 from s2a_fx.errors import AdapterError, InputError, PassError, S2AError, ShapeError, TraceError
+from s2a_fx.finalize import finalize
 from s2a_fx.recipes import RECIPES
 from s2a_fx.report import Comparison, MemoryReport
 from s2a_fx.trace import trace
@@ -31,6 +32,7 @@ __all__ = [
     "__version__",
     "analyze",
     "compare",
+    "finalize",
     "load_adapter",
     "read_adapter",
     "save_adapter",

@@ -1,10 +1,10 @@
 """Task files: what a recipe trained, apart from the base that it was trained on.
 
-    s2a_fx.save_adapter(gm, "flowers.safetensors")        a few MB: what trains, and the statistics of batch norms
-    s2a_fx.load_adapter(gm, "flowers.safetensors")        into the same base under the same recipe, and into no other
+s2a_fx.save_adapter(gm, "flowers.safetensors")        a few MB: what trains, and the statistics of batch norms
+s2a_fx.load_adapter(gm, "flowers.safetensors")        into the same base under the same recipe, and into no other
 
-    tasks = {name: s2a_fx.read_adapter(f"{name}.safetensors") for name in names}
-    tasks["birds"].apply(gm)                              one base, many tasks: the base is checked once, then values are copied
+tasks = {name: s2a_fx.read_adapter(f"{name}.safetensors") for name in names}
+tasks["birds"].apply(gm)                              one base, many tasks: the base is checked once, then values are copied
 """
 
 import json
@@ -66,9 +66,7 @@ class TaskAdapter:
             name: whole(tensor).detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
             for name, tensor in trained.items()
         }
-        return TaskAdapter(
-            origin.model, origin.passes, digests({n: t for n, t in held.items() if n not in trained}), tensors
-        )
+        return TaskAdapter(origin.model, origin.passes, digests({n: t for n, t in held.items() if n not in trained}), tensors)
 
     def apply(self, gm: nn.Module) -> None:
         """Copy the task's values into `gm`: in train or eval mode, on any device, spread over processes or not.
@@ -121,7 +119,7 @@ class TaskAdapter:
             )
         if got.dtype != wanted.dtype:
             raise AdapterError(
-                f"{name}: the task has {got.dtype}, the model {wanted.dtype}; load the task first, then convert the model with .to()."
+                f"{name}: the task has {got.dtype}, the model {wanted.dtype}; load the task first, then convert the model."
             )
 
     def _check_base(self, origin: Origin, frozen: Mapping[str, torch.Tensor]) -> None:

@@ -6,8 +6,8 @@
     before  layer(x) + B(A(x)) * scale                after  layer(x), B A * scale added to its weight
     before  dropout, drop path, identity              after  nothing
 
-A module says itself what it is at inference: its method `inference_form` is called on proxies and leaves plain nodes. What is made of
-parameters alone becomes a constant. Modules without that method stay.
+A module says itself what it is at inference: its method `inference_form` is called on proxies and leaves plain nodes. What is made
+of parameters alone becomes a constant. Modules without that method stay.
 """
 
 import operator

@@ -5,6 +5,7 @@ pickling.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
@@ -37,5 +38,6 @@ def note_origin(rewritten: nn.Module, source: nn.Module, passes: Sequence[str]) 
 
 def _name(model: nn.Module) -> str:
     """timm's name of the model, or that of its class."""
-    config = getattr(model, "pretrained_cfg", None)
-    return getattr(config, "get", {}.get)("architecture") or type(model).__name__
+    config: Any = getattr(model, "pretrained_cfg", None)
+    architecture = config.get("architecture") if hasattr(config, "get") else None
+    return architecture or type(model).__name__

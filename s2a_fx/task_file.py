@@ -49,7 +49,9 @@ def write(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, torch.T
         finally:
             part.unlink(missing_ok=True)
     except (OSError, ValueError) as error:
-        raise AdapterError(f"{path}: cannot be written: {_reason(error)}. Name a file in a folder that you may write to.") from error
+        raise AdapterError(
+            f"{path}: cannot be written: {_reason(error)}; name a file in a folder that you can write to."
+        ) from error
 
 
 def read(path: Path) -> Contents:
@@ -82,7 +84,7 @@ def _read(path: Path, file: BinaryIO, size: int) -> Contents:
         header = json.loads(text.decode(), object_pairs_hook=_without_repetition, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise _damaged(path, f"its header is no JSON ({error})") from error
-    metadata = header.pop("__metadata__", None) if isinstance(header, dict) else None
+    metadata: Any = header.pop("__metadata__", None) if isinstance(header, dict) else None
     _check_metadata(path, metadata)
     if not _tile(header, size - 8 - length):
         raise _damaged(path, f"its tensors do not fill the {size - 8 - length} bytes after its header")
@@ -109,9 +111,9 @@ def _refuse_constant(name: str) -> None:
 def _check_metadata(path: Path, metadata: Any) -> None:
     strings = isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
     if not strings or metadata.get("format") != FORMAT:
-        raise AdapterError(f"{path}: is no task file of s2a_fx: its metadata does not say so. Name a file that save_adapter wrote.")
+        raise AdapterError(f"{path}: is no task file of s2a_fx: its metadata does not say so. Name one that save_adapter wrote.")
     if (version := metadata.get("version")) != VERSION:
-        raise AdapterError(f"{path}: is of version {version!r} of the format, this s2a_fx reads {VERSION!r}; install the newer one.")
+        raise AdapterError(f"{path}: is of version {version!r} of the format, this s2a_fx reads {VERSION!r}; install a newer one.")
 
 
 def _tile(header: dict[str, Any], size: int) -> bool:

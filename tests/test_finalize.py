@@ -18,7 +18,11 @@ from s2a_fx.passes import CompressActivations, FreezeWeights, InsertLoRA, Insert
 from s2a_fx.passes.base import Pass, replaced
 
 RECIPES = ["s2a", "s2a-max", "s2a-paper", "lora+compress", "adapter", "vpt", "unipt", "lst", "bias+checkpoint"]
-OPTIONS = {"convnext": {"ls_init_value": 1.0}, "swin": {"proj_drop_rate": 0.1, "attn_drop_rate": 0.1}, "vit": {"drop_path_rate": 0.1}}
+OPTIONS = {
+    "convnext": {"ls_init_value": 1.0},
+    "swin": {"proj_drop_rate": 0.1, "attn_drop_rate": 0.1},
+    "vit": {"drop_path_rate": 0.1},
+}
 
 
 def trained_model(family, recipe="s2a"):

@@ -1,7 +1,7 @@
 """Layers that keep a few bits for the backward, one for each operator of the compression engine.
 
-Each computes exactly what the layer that it replaces computes. Where no gradient is needed it is that layer, `inference_form`: nothing is
-coded.
+Each computes exactly what the layer that it replaces computes. Where no gradient is needed it is that layer, its `inference_form`:
+nothing is coded.
 """
 
 import torch

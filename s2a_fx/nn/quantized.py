@@ -1,7 +1,7 @@
 """Non-parametric layers that keep a few bits for the backward (paper, section 3.2).
 
-Each computes exactly what the layer that it replaces computes. Where no gradient is needed it is that layer, `inference_form`: nothing is
-coded.
+Each computes exactly what the layer that it replaces computes. Where no gradient is needed it is that layer, its `inference_form`:
+nothing is coded.
 """
 
 import torch
@@ -143,9 +143,7 @@ class QuantizedAttention(nn.Module):
     def inference_form(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        return F.scaled_dot_product_attention(
-            query, key, value, mask, self.eval_dropout_p, self.is_causal, scale=self.scale
-        )
+        return F.scaled_dot_product_attention(query, key, value, mask, self.eval_dropout_p, self.is_causal, scale=self.scale)
 
     def extra_repr(self) -> str:
         return f"dropout_p={self.dropout_p}, is_causal={self.is_causal}, scale={self.scale}, bits={self.bits}"

@@ -20,8 +20,8 @@ def _uniform(tensor: torch.Tensor, channels: int) -> nn.Parameter:
 
 def _for_each(x: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
     """The prompt once for each image of x, which has one dimension more; no memory of its own."""
-    first = x[(slice(None), *[slice(1)] * prompt.ndim)]
-    return prompt.expand_as(first.expand(-1, *prompt.shape))
+    place = (slice(None), *[slice(1)] * prompt.ndim)
+    return prompt.expand_as(x[place].expand(-1, *prompt.shape))
 
 
 class PromptTokens(nn.Module):

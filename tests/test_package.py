@@ -14,6 +14,8 @@ ROOT = Path(__file__).parent.parent
 ORDER = [
     "errors",
     "version",
+    "origin",
+    "task_file",
     "fusion",
     "codecs",
     "ops",
@@ -26,6 +28,9 @@ ORDER = [
     "zoo",
     "fork_map",
     "transform",
+    "base_digests",
+    "adapter",
+    "finalize",
 ]
 ORDER += ["html", "analyze", "paper_figures", "paper_tables", "arguments", "finetune", "cli"]
 

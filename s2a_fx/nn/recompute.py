@@ -33,6 +33,10 @@ class Recomputed(nn.Module):
         self.__dict__.update(body=body, backward_body=backward_body)
         self.draws = may_draw(body)
 
+    def of_body(self, *arguments: Any) -> tuple[Any, ...]:
+        """What the body is called with: `body(*of_body(*arguments))` is this module without its backward."""
+        return arguments
+
     def trained(self) -> list[nn.Parameter]:
         """The part's parameters that train."""
         return [p for p in self.body.parameters() if p.requires_grad]

@@ -16,10 +16,10 @@ import torch
 from torch import fx
 
 from s2a_fx.errors import InputError
-from s2a_fx.finetune.distributed import like_shards, whole
+from s2a_fx.finetune.distributed import gathered, like_shards, spread
 from s2a_fx.finetune.evaluate import Accuracy
 
-LAST, BEST = "last.pt", "best.pt"
+LAST, BEST, TASK = "last.pt", "best.pt", "task.safetensors"
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,11 @@ class State:
 
     def record(self, position: Position) -> dict[str, Any]:
         """All that is stored; all processes make it together."""
+        spread(self.gm)
         with torch.no_grad():
-            trained = {n: whole(p.detach()).cpu() for n, p in self.gm.named_parameters() if p.requires_grad}
+            trained = {n: gathered(p.detach()).cpu() for n, p in self.gm.named_parameters() if p.requires_grad}
             optimizer = self.optimizer.state_dict()
-            optimizer["state"] = {i: {k: whole(v) for k, v in values.items()} for i, values in optimizer["state"].items()}
+            optimizer["state"] = {i: {k: gathered(v) for k, v in values.items()} for i, values in optimizer["state"].items()}
         parameters = {n for n, _ in self.gm.named_parameters()}
         return {
             "trained": trained,
@@ -91,6 +92,7 @@ class State:
 
     def restore_weights(self, record: dict[str, Any]) -> None:
         """Take over a record's weights and buffers."""
+        spread(self.gm)
         buffers = self.gm.state_dict()
         with torch.no_grad():
             for name, parameter in self.gm.named_parameters():

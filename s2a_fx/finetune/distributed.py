@@ -74,8 +74,10 @@ def shared(gm: fx.GraphModule, processes: Processes) -> nn.Module:
     if processes.parallel == "ddp":
         return DistributedDataParallel(gm, device_ids=[processes.device] if processes.device.type == "cuda" else None)
     if processes.parallel == "fsdp":
+        # One group for the whole model: coded layers and recomputed branches read weights of modules that they do not call, so
+        # that a group of its own for such a module would never be gathered.
         mesh = dist.init_device_mesh(processes.device.type, (processes.count,))
-        return fully_shard(gm, mesh=mesh)
+        return fully_shard(gm, mesh=mesh, reshard_after_forward=True)
     return gm
 
 
@@ -88,9 +90,15 @@ def without_sync(model: nn.Module, without: bool) -> AbstractContextManager[Any]
     return nullcontext()
 
 
-def whole(value: Any) -> Any:
-    """A tensor with all processes' shards; anything else as it is. All processes call it together."""
-    return value.full_tensor().detach().clone() if isinstance(value, DTensor) else value
+def spread(gm: nn.Module) -> None:
+    """Let go of weights that FSDP2 has gathered: parameters are this process's shards again."""
+    if isinstance(gm, FSDPModule):
+        gm.reshard()
+
+
+def gathered(value: Any) -> Any:
+    """A tensor of all processes' shards; anything else as it is. All processes call it together."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def like_shards(value: Any, parameter: torch.Tensor) -> Any:

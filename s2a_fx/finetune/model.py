@@ -1,6 +1,5 @@
 """The model of a run, with the weights that it begins with."""
 
-import hashlib
 import inspect
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import torch
 from timm.data import resolve_data_config
 from timm.layers import freeze_batch_norm_2d
 from timm.models import load_state_dict
-from torch import fx, nn
+from torch import nn
 
 from s2a_fx.errors import InputError
 from s2a_fx.finetune.options import FinetuneOptions
@@ -16,7 +15,7 @@ from s2a_fx.zoo import create_model
 
 
 def build_model(options: FinetuneOptions, classes: int, weights: bool = True) -> tuple[nn.Module, tuple[str, ...]]:
-    """timm's model with a head for `classes`, and the names of the parameters that no source of weights had.
+    """timm's model with a head for `classes`, and the names of the head's parameters that the weights lack: they begin at zero.
 
     Args:
         weights: read them from the options' source; otherwise they are random.
@@ -31,7 +30,14 @@ def build_model(options: FinetuneOptions, classes: int, weights: bool = True) ->
         )
     except OSError as error:
         raise InputError(f"{options.model}: its weights cannot be had from the hub: {error}. Give a file with --checkpoint.") from error
-    new = load_weights(model, options.checkpoint) if options.checkpoint and weights else ()
+    new: tuple[str, ...] = ()
+    if options.checkpoint and weights:
+        new = load_weights(model, options.checkpoint)
+    elif pretrained and classes != model.pretrained_cfg["num_classes"]:
+        new = tuple(n for n, _ in model.named_parameters() if n.startswith(_heads(model)))
+    with torch.no_grad():
+        for name in new:  # a head that knows nothing says nothing: timm's random one would have to be unlearned first
+            model.get_parameter(name).zero_()
     return freeze_batch_norm_2d(model) if options.freeze_batch_norm else model, new
 
 
@@ -62,7 +68,7 @@ def load_weights(model: nn.Module, file: Path) -> tuple[str, ...]:
             f"{file}: cannot be read as weights: {first}; give .safetensors or a state dict written by torch.save."
         ) from error
     own = model.state_dict()
-    heads = tuple(f"{name}." for name in _names(model.pretrained_cfg["classifier"]))
+    heads = _heads(model)
     of_head = tuple(n for n in own if n.startswith(heads) and (n not in tensors or tensors[n].shape != own[n].shape))
     missing = [name for name in own if name not in tensors and name not in of_head]
     strange = [name for name in tensors if name not in own and not name.startswith(heads)]
@@ -77,15 +83,6 @@ def load_weights(model: nn.Module, file: Path) -> tuple[str, ...]:
     return of_head
 
 
-def _names(classifier: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    return (classifier,) if isinstance(classifier, str) else tuple(classifier or ())
-
-
-def fingerprint(gm: fx.GraphModule) -> str:
-    """A digest of the weights that do not train: two models with the same need only the trained ones to be alike."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(gm.named_parameters()):
-        if not parameter.requires_grad:
-            digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-            digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+def _heads(model: nn.Module) -> tuple[str, ...]:
+    classifier = model.pretrained_cfg["classifier"]
+    return tuple(f"{name}." for name in ((classifier,) if isinstance(classifier, str) else classifier or ()))

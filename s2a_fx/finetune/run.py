@@ -14,14 +14,16 @@ from timm.utils import random_seed
 from torch import nn
 from tqdm import tqdm
 
+from s2a_fx.adapter import save_adapter
+from s2a_fx.base_digests import digests, fingerprint
 from s2a_fx.errors import InputError, PassError
-from s2a_fx.finetune.checkpoint import BEST, LAST, Epoch, Position, State, read, write
+from s2a_fx.finetune.checkpoint import BEST, LAST, TASK, Epoch, Position, State, read, write
 from s2a_fx.finetune.data import DataSets, Loader, make_loader, make_mixup, open_data, training_batches
 from s2a_fx.finetune.distributed import Processes, joined, shared
 from s2a_fx.finetune.evaluate import evaluate
 from s2a_fx.finetune.interrupts import Interrupts, Stopped, interrupts
 from s2a_fx.finetune.memory import Prediction, free_bytes, high_water, predict
-from s2a_fx.finetune.model import build_model, fingerprint, image_shape
+from s2a_fx.finetune.model import build_model, image_shape
 from s2a_fx.finetune.objective import make_loss, make_optimizer
 from s2a_fx.finetune.options import FinetuneOptions
 from s2a_fx.finetune.steps import Precision, training_steps
@@ -92,6 +94,7 @@ def _finetune(options: FinetuneOptions, processes: Processes, say: Say) -> Finet
     started = time.perf_counter()
     with interrupts() as asked:
         position = run.train(position, prediction, measured, asked)
+        run.keep_best()
     seconds = time.perf_counter() - started
     result = FinetuneResult(position.epochs, prediction.bytes, measured(), seconds, options.folder)
     _say_result(result, say)
@@ -159,6 +162,13 @@ class _Run:
             self._save(position, best=position.best is epoch)
         return position
 
+    def keep_best(self) -> None:
+        """Write the best epoch's weights as a task file."""
+        self.state.restore_weights(read(self.options.folder / BEST))
+        if self.processes.first or self.processes.parallel == "fsdp":  # of a sharded model, all give what they have
+            save_adapter(self.state.gm, self.options.folder / TASK)
+        self.processes.wait()
+
     @property
     def _images_per_update(self) -> int:
         return self.options.batch_size * self.options.grad_accumulation * self.processes.count
@@ -218,7 +228,7 @@ def _prepare(options: FinetuneOptions, data: DataSets, processes: Processes, say
     random_seed(options.seed)
     model, new = build_model(options, data.classes)
     if new:
-        say(f"{options.checkpoint}: {', '.join(new)} of another size or not there; begun anew")
+        say(f"the weights given are for another head: {', '.join(new)} begin at zero")
     size = image_shape(model, options)
     config = {**resolve_data_config({}, model=model), "input_size": size}
     loaders = [make_loader(d, config, options, processes, processes.device, d is data.train) for d in (data.train, data.val)]
@@ -230,7 +240,7 @@ def _prepare(options: FinetuneOptions, data: DataSets, processes: Processes, say
     gm = transform(model, torch.empty(options.batch_size, *size, device="meta"), options.recipe).train()
     if not any(p.requires_grad for p in gm.parameters()):
         raise PassError(f"recipe {options.recipe!r}: nothing of {options.model} is left to train; take another.")
-    base = fingerprint(gm)
+    base = fingerprint(digests({n: p for n, p in gm.named_parameters() if not p.requires_grad}))
     gm.to(processes.device)
     if options.channels_last:
         gm.to(memory_format=torch.channels_last)
@@ -270,4 +280,4 @@ def _say_result(result: FinetuneResult, say: Say) -> None:
     say(f"best: epoch {best.number}, top-1 {best.accuracy.top1:.2%}, balanced {best.accuracy.balanced:.2%}")
     predicted = f"{result.predicted_bytes / MB:,.1f} MB predicted"
     took = "not told by this system" if result.measured_bytes is None else f"{result.measured_bytes / MB:,.1f} MB measured"
-    say(f"peak: {predicted}, {took}; {result.seconds:,.0f} s; {result.folder / BEST}, {result.folder / LAST}")
+    say(f"peak: {predicted}, {took}; {result.seconds:,.0f} s; {result.folder}/{TASK}")

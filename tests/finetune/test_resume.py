@@ -69,7 +69,7 @@ def test_after_a_kill_at_any_moment(colours, whole_run, tmp_path):
     run.wait()
     finetune(replace(options, resume=True))
     assert_same(stored(tmp_path / "run"), stored(whole_run[0].folder))
-    assert sorted(p.name for p in (tmp_path / "run").iterdir() if not p.name.startswith(".")) == ["best.pt", "last.pt"]
+    assert sorted(p.name for p in (tmp_path / "run").iterdir() if not p.name.startswith(".")) == ["best.pt", "last.pt", "task.safetensors"]
 
 
 def test_with_workers_and_without_are_the_same_run(colours, whole_run, tmp_path):

@@ -29,7 +29,7 @@ from s2a_fx.zoo import DTYPES, timm_model
 
 
 def main(arguments: Sequence[str] | None = None, jobs: int = 1) -> int:
-    """Run the command line, on `jobs` processes; returns the exit status: 0, 2 after an error in what was asked for, 130 after Ctrl-C."""
+    """Run the command line, on `jobs` processes; the exit status: 0, 2 after an error in what was asked, 130 after Ctrl-C."""
     options = _parser().parse_args(arguments, argparse.Namespace(jobs=jobs))
     try:
         return options.run(options) or 0

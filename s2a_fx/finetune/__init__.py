@@ -1,7 +1,7 @@
 """Fine-tuning on a data set: `s2a-fx finetune`, and the pieces that it is made of.
 
-    result = finetune(FinetuneOptions(model="vit_base_patch16_224", data=Path("flowers"), recipe="s2a", pretrained=True))
-    print(result.best.accuracy, result.measured_bytes)
+result = finetune(FinetuneOptions(model="vit_base_patch16_224", data=Path("flowers"), recipe="s2a", pretrained=True))
+print(result.best.accuracy, result.measured_bytes)
 """
 
 from s2a_fx.finetune.checkpoint import Epoch

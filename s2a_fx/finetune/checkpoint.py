@@ -106,7 +106,7 @@ class State:
         for name, value in self.options.items():
             if record["options"].get(name) != value:
                 raise InputError(
-                    f"{file}: its run had {name} {record['options'].get(name)!r}, got {value!r}; resume with the same options, or begin "
+                    f"{file}: its run had {name} {record['options'].get(name)!r}, got {value!r}; resume with the same, or begin "
                     "a run in another --output."
                 )
         if record["fingerprint"] != self.fingerprint:
@@ -119,7 +119,7 @@ def write(record: dict[str, Any], file: Path) -> None:
     Raises:
         InputError: the file cannot be written.
     """
-    part = file.with_name(f".{file.name}.{os.getpid()}")
+    part = file.with_name(f".{file.name}.part")  # of one name: what a killed run leaves is written over
     try:
         with part.open("wb") as stream:
             torch.save(record, stream)
@@ -144,5 +144,7 @@ def read(file: Path) -> dict[str, Any]:
         record = torch.load(file, map_location="cpu", weights_only=True)
         record["trained"], record["options"], record["position"]
     except Exception as error:
-        raise InputError(f"{file}: is no checkpoint of s2a-fx finetune, or a damaged one; begin anew in another --output.") from error
+        raise InputError(
+            f"{file}: is no checkpoint of s2a-fx finetune, or a damaged one; begin anew in another --output."
+        ) from error
     return record  # type: ignore[no-any-return]

@@ -52,7 +52,11 @@ def add_finetune(commands: Any) -> None:
     add("--augment", metavar="POLICY", help="none, crop (random crop and flip), or a policy of timm's, for example rand-m9-mstd0.5")
     add("--mixup", metavar="ALPHA", type=float, help="mix images and labels in pairs")
     add("--cutmix", metavar="ALPHA", type=float, help="paste parts of images into others")
-    add("--freeze-batch-norm", action="store_true", help="keep batch norms, statistics too, as they are: for small images or batches")
+    add(
+        "--freeze-batch-norm",
+        action="store_true",
+        help="keep the statistics of the model's batch norms: for small images or batches",
+    )
     add("--seed", metavar="N", type=not_negative, help="of all that is drawn")
 
     add = _Group(parser, "where to run")
@@ -94,7 +98,6 @@ def _pair(text: str) -> tuple[str, Any]:
 
 
 def _finetune(arguments: argparse.Namespace) -> int:
-
 
     gc.enable()  # `console` turns it off, for commands that are over soon
     given = {name: value for name, value in vars(arguments).items() if name in _DEFAULTS}

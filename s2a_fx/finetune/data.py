@@ -61,7 +61,9 @@ def _split(options: FinetuneOptions, split: str, **settings: Any) -> Any:
     if isinstance(dataset, IterableDataset):
         raise InputError(f"{options.dataset}: is a stream; wanted a data set of known order: a folder, torch/... or hfds/...")
     if not options.dataset and dataset.reader.root == str(options.data):
-        raise InputError(f"{options.data}: has no folder for the split {split!r}; wanted train/ and val/, a folder a class in each.")
+        raise InputError(
+            f"{options.data}: has no folder for the split {split!r}; wanted train/ and val/, a folder a class in each."
+        )
     if not len(dataset):
         raise InputError(f"{options.dataset or options.data}, split {split!r}: has no images.")
     return dataset

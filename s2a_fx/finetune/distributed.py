@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ class Processes:
 
     rank: int = 0
     count: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     parallel: str | None = None
 
     @property
@@ -54,7 +54,9 @@ def joined(device: str | None, parallel: str | None) -> Iterator[Processes]:
         InputError: the device is not there, or `parallel` is asked of a process that is alone.
     """
     if parallel and not is_distributed_env():
-        raise InputError(f"parallel: got {parallel!r} and one process; start several: torchrun --nproc-per-node 2 -m s2a_fx.cli ...")
+        raise InputError(
+            f"parallel: got {parallel!r} and one process; start several: torchrun --nproc-per-node 2 -m s2a_fx.cli ..."
+        )
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         place = init_distributed_device_so(device)
@@ -77,7 +79,7 @@ def shared(gm: fx.GraphModule, processes: Processes) -> nn.Module:
         # One group for the whole model: coded layers and recomputed branches read weights of modules that they do not call, so
         # that a group of its own for such a module would never be gathered.
         mesh = dist.init_device_mesh(processes.device.type, (processes.count,))
-        return fully_shard(gm, mesh=mesh, reshard_after_forward=True)
+        fully_shard(gm, mesh=mesh, reshard_after_forward=True)
     return gm
 
 

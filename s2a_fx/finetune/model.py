@@ -2,10 +2,10 @@
 
 import inspect
 from pathlib import Path
+from typing import Any
 
 import torch
 from timm.data import resolve_data_config
-from timm.layers import freeze_batch_norm_2d
 from timm.models import load_state_dict
 from torch import nn
 
@@ -29,16 +29,18 @@ def build_model(options: FinetuneOptions, classes: int, weights: bool = True) ->
             options.model, num_classes=classes, image_size=options.image_size, pretrained=pretrained, **options.model_options
         )
     except OSError as error:
-        raise InputError(f"{options.model}: its weights cannot be had from the hub: {error}. Give a file with --checkpoint.") from error
+        raise InputError(
+            f"{options.model}: its weights cannot be had from the hub: {error}. Give a file with --checkpoint."
+        ) from error
     new: tuple[str, ...] = ()
     if options.checkpoint and weights:
         new = load_weights(model, options.checkpoint)
-    elif pretrained and classes != model.pretrained_cfg["num_classes"]:
+    elif pretrained and classes != _config(model)["num_classes"]:
         new = tuple(n for n, _ in model.named_parameters() if n.startswith(_heads(model)))
     with torch.no_grad():
         for name in new:  # a head that knows nothing says nothing: timm's random one would have to be unlearned first
             model.get_parameter(name).zero_()
-    return freeze_batch_norm_2d(model) if options.freeze_batch_norm else model, new
+    return model, new
 
 
 def image_shape(model: nn.Module, options: FinetuneOptions) -> tuple[int, int, int]:
@@ -83,6 +85,10 @@ def load_weights(model: nn.Module, file: Path) -> tuple[str, ...]:
     return of_head
 
 
+def _config(model: nn.Module) -> Any:
+    return model.pretrained_cfg
+
+
 def _heads(model: nn.Module) -> tuple[str, ...]:
-    classifier = model.pretrained_cfg["classifier"]
+    classifier = _config(model)["classifier"]
     return tuple(f"{name}." for name in ((classifier,) if isinstance(classifier, str) else classifier or ()))

@@ -13,7 +13,11 @@ from s2a_fx.finetune.options import FinetuneOptions
 
 def make_loss(options: FinetuneOptions) -> nn.Module:
     """Cross-entropy; of the soft targets that mixup makes, in which the labels are smoothed already."""
-    return SoftTargetCrossEntropy() if options.mixup or options.cutmix else nn.CrossEntropyLoss(label_smoothing=options.label_smoothing)
+    return (
+        SoftTargetCrossEntropy()
+        if options.mixup or options.cutmix
+        else nn.CrossEntropyLoss(label_smoothing=options.label_smoothing)
+    )
 
 
 def make_optimizer(model_or_parameters: nn.Module | Iterable[nn.Parameter], options: FinetuneOptions) -> torch.optim.Optimizer:

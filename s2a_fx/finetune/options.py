@@ -50,7 +50,7 @@ class FinetuneOptions:
         pretrained: load timm's weights for the model from the hub.
         checkpoint: a file of timm weights, `.safetensors` or a state dict of `torch.save`.
         parallel: `ddp` or `fsdp`, in the processes that torchrun starts; None for `ddp` if there are several.
-        freeze_batch_norm: batch norms are constants: they neither train nor follow the statistics of the new data.
+        freeze_batch_norm: the model's batch norms keep their statistics, in training as in evaluation; their biases train.
         model_options: further arguments of `timm.create_model`.
 
     Raises:
@@ -95,7 +95,14 @@ class FinetuneOptions:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "data", Path(self.data))
-        for name, least in (("epochs", 1), ("batch_size", 1), ("grad_accumulation", 1), ("workers", 0), ("save_every", 0), ("seed", 0)):
+        for name, least in (
+            ("epochs", 1),
+            ("batch_size", 1),
+            ("grad_accumulation", 1),
+            ("workers", 0),
+            ("save_every", 0),
+            ("seed", 0),
+        ):
             if getattr(self, name) < least:
                 raise InputError(f"{name}: got {getattr(self, name)}, wanted {least} or more.")
         for name in ("weight_decay", "mixup", "cutmix"):

@@ -12,6 +12,7 @@ from timm.data import Mixup, resolve_data_config
 from timm.scheduler import create_scheduler_v2
 from timm.utils import random_seed
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from s2a_fx.adapter import save_adapter
@@ -128,6 +129,7 @@ class _Run:
     loss: nn.Module
     mixup: Mixup | None
     precision: Precision
+    frozen_norms: tuple[nn.Module, ...]
     train_loader: Loader
     val_loader: Loader
     say: Say
@@ -181,6 +183,8 @@ class _Run:
         loss_sum = torch.tensor(position.loss_sum, dtype=torch.float64, device=self.processes.device)
         done = position.updates
         self.model.train()
+        for norm in self.frozen_norms:
+            norm.eval()
         steps = training_steps(
             self.model,
             islice(batches, self.updates_per_epoch * options.grad_accumulation - first),
@@ -237,6 +241,7 @@ def _prepare(options: FinetuneOptions, data: DataSets, processes: Processes, say
             f"batch_size: {len(data.train)} training images do not fill one step of {options.grad_accumulation} x "
             f"{options.batch_size} in each of {processes.count} processes; take a smaller one."
         )
+    norms = [path for path, m in model.named_modules() if isinstance(m, _BatchNorm)] if options.freeze_batch_norm else []
     gm = transform(model, torch.empty(options.batch_size, *size, device="meta"), options.recipe).train()
     if not any(p.requires_grad for p in gm.parameters()):
         raise PassError(f"recipe {options.recipe!r}: nothing of {options.model} is left to train; take another.")
@@ -269,6 +274,7 @@ def _prepare(options: FinetuneOptions, data: DataSets, processes: Processes, say
         loss=make_loss(options),
         mixup=make_mixup(options, data.classes),
         precision=precision,
+        frozen_norms=tuple(gm.get_submodule(path) for path in norms),
         train_loader=loaders[0],
         val_loader=loaders[1],
         say=say,

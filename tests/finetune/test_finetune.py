@@ -20,7 +20,9 @@ def test_the_loss_falls_and_accuracy_beats_chance(whole_run):
 def test_memory_is_told_before_the_first_epoch_and_after_the_last(whole_run):
     result, lines = whole_run
     assert "peaks at" in lines[0]
-    assert next(i for i, line in enumerate(lines) if "it fits" in line) < next(i for i, line in enumerate(lines) if "epoch 1/2" in line)
+    assert next(i for i, line in enumerate(lines) if "it fits" in line) < next(
+        i for i, line in enumerate(lines) if "epoch 1/2" in line
+    )
     assert "MB predicted" in lines[-1] and "MB measured" in lines[-1]
     assert result.measured_bytes is None or result.measured_bytes > 0
 
@@ -34,7 +36,17 @@ def test_checkpoints_hold_what_trains_and_no_frozen_weight(whole_run):
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_written_and_can_be_forced(colours, tmp_path, capsys):
-    command = ["finetune", "vit_tiny_patch16_224", str(colours), "--output", str(tmp_path / "run"), "--memory", "0.5MB", "--device", "cpu"]
+    command = [
+        "finetune",
+        "vit_tiny_patch16_224",
+        str(colours),
+        "--output",
+        str(tmp_path / "run"),
+        "--memory",
+        "0.5MB",
+        "--device",
+        "cpu",
+    ]
     command += ["--image-size", "32", "--epochs", "1", "--batch-size", "8", "--workers", "0"]
     command += [word for name, value in SMALL.items() for word in ("--model-option", f"{name}={value}")]
     assert main(command) == 2
@@ -50,7 +62,14 @@ def test_two_batches_added_up_are_one_of_twice_the_size(colours, tmp_path):
     weights = []
     for name, batch, together in (("added", 4, 2), ("whole", 8, 1)):
         options = small_run(
-            colours, tmp_path / name, epochs=1, batch_size=batch, grad_accumulation=together, recipe="bias", optimizer="sgd", model_options=SMALL
+            colours,
+            tmp_path / name,
+            epochs=1,
+            batch_size=batch,
+            grad_accumulation=together,
+            recipe="bias",
+            optimizer="sgd",
+            model_options=SMALL,
         )
         finetune(options)
         weights.append(stored(tmp_path / name)["trained"])
@@ -59,6 +78,7 @@ def test_two_batches_added_up_are_one_of_twice_the_size(colours, tmp_path):
     assert max((added[n] - whole[n]).abs().max() for n in whole) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [{"mixup": 0.4}, {"amp": "bfloat16", "channels_last": True}, {"amp": "float16", "optimizer": "sgd"}, {"augment": "rand-m5-n1"}],

@@ -65,8 +65,8 @@ def test_option(changes, told, colours, tmp_path):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"epochs": 0}, {"lr": 0.0}, {"label_smoothing": 1.0}, {"amp": "int8"}, {"warmup_epochs": 80}, {"batch_size": 3, "mixup": 0.1},
-        {"workers": -1}, {"parallel": "tp"}, {"pretrained": True, "checkpoint": "file"},
+        {"epochs": 0}, {"lr": 0.0}, {"label_smoothing": 1.0}, {"amp": "int8"}, {"warmup_epochs": 80},
+        {"batch_size": 3, "mixup": 0.1}, {"workers": -1}, {"parallel": "tp"}, {"pretrained": True, "checkpoint": "file"},
     ],
     ids=str,
 )  # fmt: skip

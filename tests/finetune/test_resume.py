@@ -1,17 +1,17 @@
 """A run that is stopped anywhere and resumed ends in the same weights, to the last bit."""
 
-import os
 import random
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
-import s2a_fx.finetune.data as data
 from colours import assert_same, small_run, stored
 
+import s2a_fx.finetune.data as data
 from s2a_fx.finetune import Stopped, finetune
 from s2a_fx.finetune.draws import draw_for_batch
 
@@ -29,7 +29,7 @@ def _at_batch(monkeypatch, number, act):
     monkeypatch.setattr(data, "draw_for_batch", counted)
 
 
-@pytest.mark.parametrize("batch", [4, 12], ids=["in the first epoch", "at the last step"])
+@pytest.mark.parametrize("batch", [4, pytest.param(12, marks=pytest.mark.slow)], ids=["in the first epoch", "at the last step"])
 def test_after_ctrl_c(batch, colours, whole_run, tmp_path, monkeypatch):
     options = small_run(colours, tmp_path / "run")
     _at_batch(monkeypatch, batch, lambda: signal.raise_signal(signal.SIGINT))
@@ -56,11 +56,12 @@ def test_after_a_failure_between_checkpoints(colours, whole_run, tmp_path, monke
     assert_same(stored(tmp_path / "run"), stored(whole_run[0].folder))
 
 
+@pytest.mark.slow
 def test_after_a_kill_at_any_moment(colours, whole_run, tmp_path):
     options = small_run(colours, tmp_path / "run", save_every=1)
     line = "import sys; sys.path.append(sys.argv[1]); from pathlib import Path; from colours import small_run; "
     line += "from s2a_fx.finetune import finetune; finetune(small_run(Path(sys.argv[2]), Path(sys.argv[3]), save_every=1))"
-    run = subprocess.Popen([sys.executable, "-c", line, os.path.dirname(__file__), str(colours), str(tmp_path / "run")])
+    run = subprocess.Popen([sys.executable, "-c", line, str(Path(__file__).parent), str(colours), str(tmp_path / "run")])
     while not (tmp_path / "run" / "last.pt").exists():
         assert run.poll() is None
         time.sleep(0.01)
@@ -69,9 +70,10 @@ def test_after_a_kill_at_any_moment(colours, whole_run, tmp_path):
     run.wait()
     finetune(replace(options, resume=True))
     assert_same(stored(tmp_path / "run"), stored(whole_run[0].folder))
-    assert sorted(p.name for p in (tmp_path / "run").iterdir() if not p.name.startswith(".")) == ["best.pt", "last.pt", "task.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["best.pt", "last.pt", "task.safetensors"]
 
 
+@pytest.mark.slow
 def test_with_workers_and_without_are_the_same_run(colours, whole_run, tmp_path):
     finetune(small_run(colours, tmp_path / "run", workers=1))
     assert_same(stored(tmp_path / "run"), stored(whole_run[0].folder))

@@ -121,6 +121,7 @@ def write(record: dict[str, Any], file: Path) -> None:
     """
     part = file.with_name(f".{file.name}.part")  # of one name: what a killed run leaves is written over
     try:
+        file.parent.mkdir(parents=True, exist_ok=True)
         with part.open("wb") as stream:
             torch.save(record, stream)
             stream.flush()
@@ -129,7 +130,8 @@ def write(record: dict[str, Any], file: Path) -> None:
     except OSError as error:
         raise InputError(f"{file}: cannot be written: {error.strerror}.") from error
     finally:
-        part.unlink(missing_ok=True)
+        if part.exists():
+            part.unlink()
 
 
 def read(file: Path) -> dict[str, Any]:

@@ -92,6 +92,8 @@ def _finetune(options: FinetuneOptions, processes: Processes, say: Say) -> Finet
         run.state.check(stored, last)
         position = run.state.restore(stored)
         say(f"resumed: {len(position.epochs)} epochs and {position.updates} steps were done")
+    else:
+        run.save(position)  # a folder that cannot be written is told now, and a run can be killed at once
     started = time.perf_counter()
     with interrupts() as asked:
         position = run.train(position, prediction, measured, asked)
@@ -138,19 +140,21 @@ class _Run:
     def updates_per_epoch(self) -> int:
         return len(self.train_loader) // self.options.grad_accumulation
 
+    @property
+    def images_per_update(self) -> int:
+        return self.options.batch_size * self.options.grad_accumulation * self.processes.count
+
     def train(self, position: Position, prediction: Prediction, measured: Callable[[], int | None], asked: Interrupts) -> Position:
         """All epochs that are left."""
         while len(position.epochs) < self.options.epochs:
             started, before = time.perf_counter(), position.updates
             position = self._epoch(position, prediction, measured, asked)
-            trained = (position.updates - before) * self._images_per_update
-            speed = trained / (time.perf_counter() - started)
-            images = len(self.data.val)
+            speed = (position.updates - before) * self.images_per_update / (time.perf_counter() - started)
             accuracy = evaluate(
                 self.state.gm,
                 self.val_loader.from_batch(0),
                 self.data.classes,
-                images=images,
+                images=len(self.data.val),
                 precision=self.precision,
                 channels_last=self.options.channels_last,
                 processes=self.processes,
@@ -161,7 +165,7 @@ class _Run:
                 f"epoch {epoch.number}/{self.options.epochs}: loss {epoch.loss:.4f}, top-1 {accuracy.top1:.2%}, "
                 f"balanced {accuracy.balanced:.2%}, {speed:,.1f} images/s"
             )
-            self._save(position, best=position.best is epoch)
+            self.save(position, best=position.best is epoch)
         return position
 
     def keep_best(self) -> None:
@@ -170,10 +174,6 @@ class _Run:
         if self.processes.first or self.processes.parallel == "fsdp":  # of a sharded model, all give what they have
             save_adapter(self.state.gm, self.options.folder / TASK)
         self.processes.wait()
-
-    @property
-    def _images_per_update(self) -> int:
-        return self.options.batch_size * self.options.grad_accumulation * self.processes.count
 
     def _epoch(self, position: Position, prediction: Prediction, measured: Callable[[], int | None], asked: Interrupts) -> Position:
         """The steps that are left of an epoch."""
@@ -195,34 +195,32 @@ class _Run:
             channels_last=options.channels_last,
             after_update=lambda: self.scheduler.step_update(epoch * self.updates_per_epoch + done + 1),
         )
-        # tqdm shows nothing where the output is no terminal
-        with tqdm(total=self.updates_per_epoch, initial=done, desc=f"epoch {epoch + 1}", leave=False, disable=self._bar) as bar:
+        each = self.images_per_update
+        hidden = None if self.processes.first else True  # None: hidden where the output is no terminal
+        total = self.updates_per_epoch * each
+        with tqdm(total=total, initial=done * each, desc=f"epoch {epoch + 1}", unit="image", leave=False, disable=hidden) as bar:
             for loss in steps:
                 done += 1
                 loss_sum += loss
                 if not bar.disable and done % 10 == 0:
                     memory = f"{(measured() or 0) / MB:,.0f}/{prediction.bytes / MB:,.0f} MB"
-                    bar.set_postfix(loss=f"{loss.item():.3f}", images=done * self._images_per_update, memory=memory, refresh=False)
-                bar.update()
+                    bar.set_postfix(loss=f"{loss.item():.3f}", memory=memory, refresh=False)
+                bar.update(each)
                 stop = self.processes.any(asked.any)
                 if stop or (options.save_every and done % options.save_every == 0):
-                    self._save(self._at(position, done, loss_sum))
+                    self.save(self._at(position, done, loss_sum))
                 if stop:
                     raise Stopped(f"stopped in epoch {epoch + 1} after step {done}; go on with the same command and --resume")
         return self._at(position, done, loss_sum)
-
-    @property
-    def _bar(self) -> bool | None:
-        return None if self.processes.first else True
 
     def _at(self, position: Position, updates: int, loss_sum: torch.Tensor) -> Position:
         mean = self.processes.added(loss_sum.clone()) / self.processes.count
         return replace(position, updates=updates, loss_sum=mean.item())
 
-    def _save(self, position: Position, best: bool = False) -> None:
+    def save(self, position: Position, best: bool = False) -> None:
+        """Write the last checkpoint, and the best."""
         record = self.state.record(position)
         if self.processes.first:
-            self.options.folder.mkdir(parents=True, exist_ok=True)
             for name in (BEST, LAST) if best else (LAST,):  # the last one last: a run that is killed between finds both again
                 write(record, self.options.folder / name)
         self.processes.wait()
@@ -285,5 +283,5 @@ def _say_result(result: FinetuneResult, say: Say) -> None:
     best = result.best
     say(f"best: epoch {best.number}, top-1 {best.accuracy.top1:.2%}, balanced {best.accuracy.balanced:.2%}")
     predicted = f"{result.predicted_bytes / MB:,.1f} MB predicted"
-    took = "not told by this system" if result.measured_bytes is None else f"{result.measured_bytes / MB:,.1f} MB measured"
+    took = "none measured" if result.measured_bytes is None else f"{result.measured_bytes / MB:,.1f} MB measured"
     say(f"peak: {predicted}, {took}; {result.seconds:,.0f} s; {result.folder}/{TASK}")

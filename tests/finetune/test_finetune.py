@@ -3,6 +3,7 @@
 import pytest
 import torch
 from colours import SMALL, small_run, stored
+from safetensors.torch import load_file
 from torch import nn
 
 from s2a_fx.cli import main
@@ -94,6 +95,30 @@ def test_the_rate_rises_and_falls_as_in_the_paper(colours, tmp_path):
     (group, *_) = stored(tmp_path / "run")["optimizer"]["param_groups"]
     assert group["lr"] == pytest.approx(0, abs=1e-9)
     assert group["initial_lr"] == 3e-3
+
+
+def test_a_data_set_of_torchvision(colours, tmp_path):
+    result = finetune(small_run(colours, tmp_path / "run", epochs=1, recipe="linear", dataset="torch/image_folder"))
+    assert result.best.accuracy.top1 > 0
+
+
+def test_the_task_file_holds_the_best_weights(whole_run):
+    result, _ = whole_run
+    best = stored(result.folder, "best.pt")["trained"]
+    kept = load_file(result.folder / "task.safetensors")
+    assert all(torch.equal(kept[name], weight) for name, weight in best.items())
+
+
+def test_batch_norms_keep_their_statistics_if_asked_to(colours, tmp_path):
+    means = {}
+    for frozen in (True, False):
+        options = small_run(
+            colours, tmp_path / str(frozen), model="resnet10t", epochs=1, recipe="bias", model_options={}, freeze_batch_norm=frozen
+        )
+        finetune(options)
+        means[frozen] = stored(options.folder)["buffers"]["layer1.0.bn1.running_mean"]
+    assert means[True].eq(0).all()
+    assert not means[False].eq(0).all()
 
 
 def test_a_balanced_accuracy_is_the_mean_over_classes():

@@ -96,6 +96,14 @@ def test_a_run_is_never_overwritten_by_another(colours, whole_run):
         finetune(small_run(colours, whole_run[0].folder))
 
 
+def test_a_folder_that_cannot_be_written_is_told_before_the_training(colours, tmp_path):
+    (tmp_path / "file").touch()
+    lines = []
+    with pytest.raises(ValueError, match="cannot be written"):
+        finetune(small_run(colours, tmp_path / "file" / "run"), lines.append)
+    assert not any("epoch" in line for line in lines)
+
+
 def test_a_damaged_checkpoint_is_told(colours, tmp_path):
     (tmp_path / "last.pt").write_bytes(b"half of a")
     with pytest.raises(ValueError, match="no checkpoint of s2a-fx finetune, or a damaged one"):

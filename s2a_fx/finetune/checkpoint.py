@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
+from s2a_fx.base_digests import persistent
 from s2a_fx.errors import InputError
 from s2a_fx.finetune.distributed import gathered, like_shards, spread
 from s2a_fx.finetune.evaluate import Accuracy
@@ -68,10 +69,9 @@ class State:
             trained = {n: gathered(p.detach()).cpu() for n, p in self.gm.named_parameters() if p.requires_grad}
             optimizer = self.optimizer.state_dict()
             optimizer["state"] = {i: {k: gathered(v) for k, v in values.items()} for i, values in optimizer["state"].items()}
-        parameters = {n for n, _ in self.gm.named_parameters()}
         return {
             "trained": trained,
-            "buffers": {n: t for n, t in self.gm.state_dict().items() if n not in parameters},
+            "buffers": self._buffers(),
             "optimizer": optimizer,
             "scaler": self.scaler.state_dict(),
             "position": asdict(position),
@@ -93,13 +93,16 @@ class State:
     def restore_weights(self, record: dict[str, Any]) -> None:
         """Take over a record's weights and buffers."""
         spread(self.gm)
-        buffers = self.gm.state_dict()
+        buffers = self._buffers()
         with torch.no_grad():
             for name, parameter in self.gm.named_parameters():
                 if name in record["trained"]:
                     parameter.copy_(like_shards(record["trained"][name], parameter))
             for name, value in record["buffers"].items():
                 buffers[name].copy_(value)
+
+    def _buffers(self) -> dict[str, torch.Tensor]:
+        return {name: t for name, t in persistent(self.gm).items() if not isinstance(t, nn.Parameter)}
 
     def check(self, record: dict[str, Any], file: Path) -> None:
         """Raise `InputError` if the record is of another run."""

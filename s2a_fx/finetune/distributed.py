@@ -1,6 +1,6 @@
 """One process or several: who is who, how weights and gradients are shared."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from s2a_fx.errors import InputError
+from s2a_fx.finetune.units import make_units
 
 
 @dataclass(frozen=True)
@@ -71,15 +72,22 @@ def joined(device: str | None, parallel: str | None) -> Iterator[Processes]:
             dist.destroy_process_group()
 
 
-def shared(gm: fx.GraphModule, processes: Processes) -> nn.Module:
-    """The module to call for training: `gm` itself, or with its gradients (DDP), its weights too (FSDP2), shared."""
+def shared(gm: fx.GraphModule, processes: Processes, blocks: Sequence[str]) -> nn.Module:
+    """The module to call for training: `gm` itself, or with its gradients (DDP), its weights too (FSDP2), shared.
+
+    FSDP2 gathers the weights of one of the `blocks` at a time, and those of the rest of the model together.
+    """
     if processes.parallel == "ddp":
         return DistributedDataParallel(gm, device_ids=[processes.device] if processes.device.type == "cuda" else None)
     if processes.parallel == "fsdp":
-        # One group for the whole model: coded layers and recomputed branches read weights of modules that they do not call, so
-        # that a group of its own for such a module would never be gathered.
+        # A block is the least that is right. FSDP2 gathers a module's weights when it is called, and a group for each layer would
+        # leave out those that coded layers read and recomputed branches run without calling their module: most of a ViT's.
         mesh = dist.init_device_mesh(processes.device.type, (processes.count,))
-        fully_shard(gm, mesh=mesh, reshard_after_forward=True)
+        units = make_units(gm, blocks)
+        for unit in units:
+            fully_shard(unit, mesh=mesh)
+        in_units = {parameter for unit in units for parameter in unit.parameters()}
+        fully_shard(gm, mesh=mesh, reshard_after_forward=True, ignored_params=in_units)
     return gm
 
 
@@ -94,8 +102,9 @@ def without_sync(model: nn.Module, without: bool) -> AbstractContextManager[Any]
 
 def spread(gm: nn.Module) -> None:
     """Let go of weights that FSDP2 has gathered: parameters are this process's shards again."""
-    if isinstance(gm, FSDPModule):
-        gm.reshard()
+    for module in gm.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def gathered(value: Any) -> Any:

@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from s2a_fx.adapter import save_adapter
+from s2a_fx.analysis.blocks import residual_blocks
 from s2a_fx.base_digests import digests, fingerprint
 from s2a_fx.errors import InputError, PassError
 from s2a_fx.finetune.checkpoint import BEST, LAST, TASK, Epoch, Position, State, read, write
@@ -30,6 +31,7 @@ from s2a_fx.finetune.options import FinetuneOptions
 from s2a_fx.finetune.steps import Precision, training_steps
 from s2a_fx.recipes import resolve
 from s2a_fx.report import MB
+from s2a_fx.trace import trace
 from s2a_fx.transform import transform
 
 Say = Callable[[str], None]
@@ -240,14 +242,16 @@ def _prepare(options: FinetuneOptions, data: DataSets, processes: Processes, say
             f"{options.batch_size} in each of {processes.count} processes; take a smaller one."
         )
     norms = [path for path, m in model.named_modules() if isinstance(m, _BatchNorm)] if options.freeze_batch_norm else []
-    gm = transform(model, torch.empty(options.batch_size, *size, device="meta"), options.recipe).train()
+    x = torch.empty(options.batch_size, *size, device="meta")
+    blocks = [block.path for block in residual_blocks(trace(model, x))] if processes.parallel == "fsdp" else []
+    gm = transform(model, x, options.recipe).train()
     if not any(p.requires_grad for p in gm.parameters()):
         raise PassError(f"recipe {options.recipe!r}: nothing of {options.model} is left to train; take another.")
     base = fingerprint(digests({n: p for n, p in gm.named_parameters() if not p.requires_grad}))
     gm.to(processes.device)
     if options.channels_last:
         gm.to(memory_format=torch.channels_last)
-    wrapped = shared(gm, processes)
+    wrapped = shared(gm, processes, blocks)
     optimizer = make_optimizer(gm, options)
     updates = len(loaders[0]) // options.grad_accumulation
     scheduler, _ = create_scheduler_v2(

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-TRAIN, VAL = 200, 50  # of each digit
+TRAIN, VAL = 150, 50  # of each digit
 
 
 def main() -> None:

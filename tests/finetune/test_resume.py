@@ -9,9 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from colours import assert_same, small_run, stored
+from colours import SMALL, assert_same, small_run, stored
 
 import s2a_fx.finetune.data as data
+from s2a_fx.cli import main
 from s2a_fx.finetune import Stopped, finetune
 from s2a_fx.finetune.draws import draw_for_batch
 
@@ -108,3 +109,14 @@ def test_a_damaged_checkpoint_is_told(colours, tmp_path):
     (tmp_path / "last.pt").write_bytes(b"half of a")
     with pytest.raises(ValueError, match="no checkpoint of s2a-fx finetune, or a damaged one"):
         finetune(small_run(colours, tmp_path, resume=True))
+
+
+def test_the_command_line_exits_with_130_and_says_how_to_go_on(colours, tmp_path, monkeypatch, capsys):
+    command = ["finetune", "vit_tiny_patch16_224", str(colours), "--output", str(tmp_path / "run"), "--device", "cpu"]
+    command += ["--image-size", "32", "--epochs", "1", "--batch-size", "8", "--workers", "0", "--recipe", "linear"]
+    command += [word for name, value in SMALL.items() for word in ("--model-option", f"{name}={value}")]
+    _at_batch(monkeypatch, 2, lambda: signal.raise_signal(signal.SIGINT))
+    assert main(command) == 130
+    assert "after step 2; go on with the same command and --resume" in capsys.readouterr().err
+    assert main([*command, "--resume"]) == 0
+    assert "0 epochs and 2 steps were done" in capsys.readouterr().out

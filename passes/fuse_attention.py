@@ -49,7 +49,7 @@ class FuseAttention(Pass):
 
 def zero_scores(query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """Zeros of the shape of `query @ keys`, (..., N, K), without memory of their own."""
-    return query.new_zeros(()).expand(*query.shape[:-1], keys.shape[-1])
+    return query.new_zeros(()).expand(query.shape[:-1] + keys.shape[-1:])
 
 
 def _fuse(gm: fx.GraphModule, softmax: fx.Node, dependent: set[fx.Node], trained: set[fx.Node]) -> str | None:

@@ -48,8 +48,8 @@ def analyze(
         optimizer: `adamw`, `adam`, `sgd`, a function from parameters to an optimizer, or None.
         loss: from the model's output to a scalar; left out, cross-entropy for outputs of shape (batch, classes).
         name: what to call the model in the report.
-        mode: `eager`, or `compile` for the step as torch.compile runs it: what AOTAutograd's partitioner saves, the compiler's settings
-            (`activation_memory_budget`, say) as they stand. The peak is then an upper bound: operators count unfused.
+        mode: `eager`, or `compile` for the step as torch.compile runs it: what AOTAutograd's partitioner saves, the compiler's
+            settings (`activation_memory_budget`, say) as they stand. The peak is then an upper bound: operators count unfused.
 
     Raises:
         S2AError: the model cannot be traced, or an argument does not fit.

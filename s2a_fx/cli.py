@@ -1,11 +1,10 @@
-"""The command line: `s2a-fx report`, `s2a-fx compare`, `s2a-fx table1`, `s2a-fx passes`."""
+"""The command line: `s2a-fx report`, `s2a-fx compare`, `s2a-fx table1`, `s2a-fx finetune`, `s2a-fx passes`."""
 
 import argparse
 import dataclasses
 import gc
 import json
 import os
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,9 @@ from s2a_fx.analysis.device import device_model
 from s2a_fx.analysis.fit import LIMIT, largest_batch
 from s2a_fx.analysis.optimizer import OPTIMIZERS
 from s2a_fx.analyze import MODES, compare
+from s2a_fx.arguments import not_negative, positive, size
 from s2a_fx.errors import InputError, S2AError
+from s2a_fx.finetune.command import add_finetune
 from s2a_fx.html import to_html
 from s2a_fx.paper_figures import BATCH_SIZE, TABLES
 from s2a_fx.paper_tables import method_cells, paper_cells, to_json, to_text
@@ -26,18 +27,15 @@ from s2a_fx.report import Comparison
 from s2a_fx.transform import transform
 from s2a_fx.zoo import DTYPES, timm_model
 
-_UNITS = {"": 1, "MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
-
 
 def main(arguments: Sequence[str] | None = None, jobs: int = 1) -> int:
-    """Run the command line, on `jobs` processes; returns the exit status: 0, or 2 after an error in what was asked for."""
+    """Run the command line, on `jobs` processes; the exit status: 0, 2 after an error in what was asked, 130 after Ctrl-C."""
     options = _parser().parse_args(arguments, argparse.Namespace(jobs=jobs))
     try:
-        options.run(options)
+        return options.run(options) or 0
     except S2AError as error:
         print(f"s2a-fx: error: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 def console() -> None:
@@ -61,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--recipe", default="s2a", help="the recipe to report (default: %(default)s)")
     report.add_argument("--against", default="full", help="the recipe to set it against (default: %(default)s)")
     report.add_argument("--unfold", action="store_true", help="a row for each tensor, alike ones not joined")
-    report.add_argument("--fit", metavar="SIZE", type=_size, help="also find the largest batch that fits, for example 16GB")
+    report.add_argument("--fit", metavar="SIZE", type=size, help="also find the largest batch that fits, for example 16GB")
     report.set_defaults(run=_report)
     _add_model_options(report)
     comparison = commands.add_parser("compare", help="recipes side by side")
@@ -71,9 +69,10 @@ def _parser() -> argparse.ArgumentParser:
     tables = commands.add_parser("table1", help="the paper's tables, ours beside its figures")
     tables.add_argument("--table", type=int, choices=sorted(TABLES), help="which one, 5 for Figure 5 (default: 1)")
     tables.add_argument("--model", metavar="MODEL", help="the methods on another timm model, for which the paper has no figures")
-    tables.add_argument("--batch-size", type=_positive, metavar="N", help="images in a step, with --model (default: 32)")
+    tables.add_argument("--batch-size", type=positive, metavar="N", help="images in a step, with --model (default: 32)")
     tables.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
     tables.set_defaults(run=_table)
+    add_finetune(commands)
     passes = commands.add_parser("passes", help="the passes with their options, and the recipes made of them")
     passes.set_defaults(run=_passes)
     return parser
@@ -81,9 +80,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a timm model, for example vit_base_patch16_224")
-    parser.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="images in a step (default: %(default)s)")
-    parser.add_argument("--image-size", type=_positive, metavar="N", help="side of the image in pixels (default: the model's)")
-    parser.add_argument("--num-classes", type=_not_negative, metavar="N", help="classes of the head (default: the model's)")
+    parser.add_argument("--batch-size", type=positive, default=32, metavar="N", help="images in a step (default: %(default)s)")
+    parser.add_argument("--image-size", type=positive, metavar="N", help="side of the image in pixels (default: the model's)")
+    parser.add_argument("--num-classes", type=not_negative, metavar="N", help="classes of the head (default: the model's)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and images (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="whose kernels to assume, cpu or cuda; none is used (default: cpu)")
     parser.add_argument("--optimizer", default="adamw", help=f"{', '.join(OPTIMIZERS)} (default: %(default)s)")
@@ -199,25 +198,6 @@ def _write(path: Path, text: str) -> None:
             part.unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}.") from error
-
-
-def _positive(text: str) -> int:
-    if not re.fullmatch(r"\d+", text) or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
-    return int(text)
-
-
-def _not_negative(text: str) -> int:
-    if not re.fullmatch(r"\d+", text):
-        raise argparse.ArgumentTypeError(f"must be an integer of 0 or more, got {text!r}")
-    return int(text)
-
-
-def _size(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text)
-    if not match or match[2].upper() not in _UNITS:
-        raise argparse.ArgumentTypeError(f"must be a size such as 16GB or 800MB, got {text!r}")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
 if __name__ == "__main__":

@@ -19,3 +19,7 @@ class PassError(S2AError, RuntimeError):
 
 class ShapeError(S2AError, RuntimeError):
     """A rewritten module got an input of another size than the one it was built for."""
+
+
+class AdapterError(S2AError, RuntimeError):
+    """A task file cannot be read or written, or does not fit the model."""

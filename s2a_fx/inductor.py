@@ -1,7 +1,7 @@
 """Coding what a compiled step saves, inside a pipeline that has its own backend and its own model.
 
-Two hooks of torch.compile, and one codec for both: every tensor that the forward hands to the backward is kept in a few bits, whatever
-operator saved it. Nothing of the model is rewritten.
+Two hooks of torch.compile, and one codec for both: every tensor that the forward hands to the backward is kept in a few bits,
+whatever operator saved it. Nothing of the model is rewritten.
 
     with saved_tensor_hooks(bits=8):                                                a region of code
         loss = compiled(x).sum()
@@ -80,7 +80,8 @@ class SavedCodec:
 
 def _memory_order(x: torch.Tensor) -> list[int]:
     """The dimensions of `x`, those that lie furthest apart first."""
-    return sorted(range(x.ndim), key=lambda dimension: -x.stride(dimension))
+    strides: tuple[int, ...] = x.stride()
+    return sorted(range(x.ndim), key=lambda dimension: -strides[dimension])
 
 
 def saved_tensor_hooks(bits: int = 8, smallest: int = 1 << 16) -> torch.autograd.graph.saved_tensors_hooks:

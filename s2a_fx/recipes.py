@@ -99,3 +99,25 @@ def _pass_name(graph_pass: GraphPass) -> str:
         return getattr(graph_pass, "__name__", type(graph_pass).__name__)
     options = [(f.name, getattr(graph_pass, f.name)) for f in fields(graph_pass) if getattr(graph_pass, f.name) != f.default]
     return f"{type(graph_pass).__name__}({', '.join(f'{name}={value!r}' for name, value in options)})"
+
+
+def spelled(passes: Sequence[GraphPass]) -> tuple[str, ...]:
+    """Each pass with all its options, so that two recipes are alike if and only if these are."""
+    return tuple(_spelled(p) for p in passes)
+
+
+def _spelled(graph_pass: GraphPass) -> str:
+    if not is_dataclass(graph_pass):
+        return _pass_name(graph_pass)
+    options = [(f.name, getattr(graph_pass, f.name)) for f in fields(graph_pass)]
+    return f"{type(graph_pass).__name__}({', '.join(f'{name}={_option(value)}' for name, value in options)})"
+
+
+def _option(value: object) -> str:
+    return getattr(value, "__qualname__", "") or repr(value)  # a function's repr has its address
+
+
+def recipe_called(passes: Sequence[str]) -> str:
+    """The name of the recipe of these passes, as `spelled` has them, or the passes themselves joined by ` + `."""
+    names = [*RECIPES, *(f"{name}+{ending}" for name in RECIPES for ending in SUFFIXES)]
+    return next((name for name in names if spelled(resolve(name)) == tuple(passes)), " + ".join(passes))

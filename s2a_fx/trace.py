@@ -53,7 +53,7 @@ def trace(model: nn.Module, example_inputs: torch.Tensor | Sequence[torch.Tensor
         TraceError: neither torch.fx nor torch.export can follow the model; names the module and the line.
     """
     inputs = _checked_inputs(model, example_inputs)
-    owned = _share_weights(model)
+    owned = share_weights(model)
     if isinstance(owned, fx.GraphModule) and _BASE_PARAMETERS in owned.meta:
         gm = owned
         traced = traced_inputs(gm)
@@ -103,7 +103,7 @@ def _checked_inputs(model: nn.Module, example_inputs: torch.Tensor | Sequence[to
     return inputs
 
 
-def _share_weights(model: nn.Module) -> nn.Module:
+def share_weights(model: nn.Module) -> nn.Module:
     """A copy of the modules around the same storages: new `nn.Parameter`s over the old data, the same buffers."""
     memo: dict[int, Any] = {id(b): b for b in model.buffers()}
     for parameter in model.parameters():

@@ -6,7 +6,8 @@ import torch
 from torch import fx, nn
 
 from s2a_fx.errors import InputError
-from s2a_fx.recipes import GraphPass, resolve
+from s2a_fx.origin import note_origin
+from s2a_fx.recipes import GraphPass, resolve, spelled
 from s2a_fx.trace import trace
 
 
@@ -39,4 +40,5 @@ def transform(
                 "return PassResult(graph_module, modified)."
             )
         gm = result.graph_module
+    note_origin(gm, model, spelled(passes))
     return gm

@@ -1,4 +1,4 @@
-"""timm models by name, built on the meta device: no weights are allocated, none are downloaded."""
+"""timm models by name: for reports on the meta device, where no weights are allocated and none are downloaded."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,21 +52,35 @@ def timm_model(
     Raises:
         InputError: timm has no such model, or cannot build it for this image size.
     """
-    if not timm.is_model(name):
-        near = get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
-        hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() names them all."
-        raise InputError(f"unknown model {name!r}; {hint}")
-    options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     with on_meta():
-        model = timm.create_model(name, pretrained=False, **options)
-        config: Any = model.pretrained_cfg
-        if image_size is not None and config.get("fixed_input_size"):
-            try:
-                model = timm.create_model(name, pretrained=False, img_size=image_size, **options)
-            except (AssertionError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
-                raise InputError(f"{name} cannot be built for {image_size} x {image_size} images: {error}.") from error
+        model = create_model(name, num_classes=num_classes, image_size=image_size)
+    config: Any = model.pretrained_cfg
     channels, height, width = config["input_size"]
     if image_size is not None:
         height = width = image_size
     example = torch.empty(batch_size, channels, height, width, device="meta", dtype=DTYPES[dtype])
     return model.to(DTYPES[dtype]).train(), example
+
+
+def create_model(
+    name: str, *, num_classes: int | None = None, image_size: int | None = None, pretrained: bool = False, **options: Any
+) -> nn.Module:
+    """A timm model by name; arguments as in `timm_model`, `pretrained` and `options` as in `timm.create_model`.
+
+    Raises:
+        InputError: timm has no such model, or cannot build it so.
+    """
+    if not timm.is_model(name):
+        near = get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
+        hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() names them all."
+        raise InputError(f"unknown model {name!r}; {hint}")
+    if num_classes is not None:
+        options["num_classes"] = num_classes
+    config = timm.get_pretrained_cfg(name)
+    if image_size is not None and config is not None and config.fixed_input_size:
+        options["img_size"] = image_size
+    try:
+        return timm.create_model(name, pretrained=pretrained, **options)
+    except (AssertionError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
+        size = f" for {image_size} x {image_size} images" if image_size is not None else ""
+        raise InputError(f"{name} cannot be built{size}: {error}.") from error

@@ -14,6 +14,8 @@ ROOT = Path(__file__).parent.parent
 ORDER = [
     "errors",
     "version",
+    "origin",
+    "task_file",
     "fusion",
     "codecs",
     "ops",
@@ -26,8 +28,11 @@ ORDER = [
     "zoo",
     "fork_map",
     "transform",
+    "base_digests",
+    "adapter",
+    "finalize",
 ]
-ORDER += ["dynamo_graph", "backend", "inductor", "html", "analyze", "paper_figures", "paper_tables", "cli"]
+ORDER += ["dynamo_graph", "backend", "inductor", "html", "analyze", "paper_figures", "paper_tables", "arguments", "finetune", "cli"]
 
 
 def _imports(path: Path) -> set[str]:

@@ -37,6 +37,9 @@ class ChannelAveragePool(nn.Module):
                 f"{self.name}: side branch was built for {'x'.join(map(str, wanted))} positions, "
                 f"got {'x'.join(map(str, positions))}; call transform() with inputs of the size you train on."
             )
+        return self.inference_form(x)
+
+    def inference_form(self, x: torch.Tensor) -> torch.Tensor:
         if self.order == "BCHW":
             return x.unflatten(1, (-1, self.reduction)).mean(2)
         pooled = x.unflatten(-1, (-1, self.reduction)).mean(-1)

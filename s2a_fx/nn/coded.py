@@ -1,6 +1,7 @@
 """Layers that keep a few bits for the backward, one for each operator of the compression engine.
 
-Each computes exactly what the layer that it replaces computes. Where no gradient is needed it is that layer: nothing is coded.
+Each computes exactly what the layer that it replaces computes. Where no gradient is needed it is that layer, its `inference_form`:
+nothing is coded.
 """
 
 import torch
@@ -12,7 +13,7 @@ from s2a_fx.ops import activation
 from s2a_fx.ops.dropout import dropout
 from s2a_fx.ops.frozen_convolution import frozen_convolution
 from s2a_fx.ops.layer_norm import layer_norm
-from s2a_fx.ops.normalize import normalized
+from s2a_fx.ops.normalize import plain_norm
 
 
 class CodedActivation(nn.Module):
@@ -23,7 +24,10 @@ class CodedActivation(nn.Module):
         self.name, self.bits = name, bits
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return activation.binned(x, self.name, self.bits)[0] if needs_grad(x) else activation.BINNED[self.name](x)
+        return activation.binned(x, self.name, self.bits)[0] if needs_grad(x) else self.inference_form(x)
+
+    def inference_form(self, x: torch.Tensor) -> torch.Tensor:
+        return activation.BINNED[self.name](x)
 
     def extra_repr(self) -> str:
         return f"{self.name}, bits={self.bits}"
@@ -39,6 +43,9 @@ class MaskedActivation(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if needs_grad(x):
             return activation.masked(x, self.name, list(self.options))[0]
+        return self.inference_form(x)
+
+    def inference_form(self, x: torch.Tensor) -> torch.Tensor:
         return activation.masked_rule(self.name, list(self.options)).function(x)
 
     def extra_repr(self) -> str:
@@ -57,6 +64,9 @@ class CodedDropout(nn.Module):
             return dropout(x, self.p)[0]
         return F.dropout(x, self.p, self.training)
 
+    def inference_form(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
     def extra_repr(self) -> str:
         return f"p={self.p}"
 
@@ -71,7 +81,10 @@ class CodedLayerNorm(nn.Module):
     def forward(self, x: torch.Tensor, weight: torch.Tensor | None = None, bias: torch.Tensor | None = None) -> torch.Tensor:
         if needs_grad(x, weight, bias):
             return layer_norm(x, weight, bias, self.eps, self.centered, self.bits)[0]
-        return normalized(x, weight, bias, self.eps, self.centered)[0]
+        return self.inference_form(x, weight, bias)
+
+    def inference_form(self, x: torch.Tensor, weight: torch.Tensor | None = None, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return plain_norm(x, weight, bias, self.eps, self.centered)
 
     def extra_repr(self) -> str:
         return f"eps={self.eps}, centered={self.centered}, bits={self.bits}"
@@ -85,12 +98,16 @@ class FrozenConvolution(nn.Module):
         self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
 
     def forward(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        options = (list(self.stride), list(self.padding), list(self.dilation))
         if weight.requires_grad:  # thawed since: the plain convolution trains it
-            return torch.convolution(x, weight, bias, *options, False, [0] * len(self.stride), self.groups)
+            return self.inference_form(x, weight, bias)
         if torch.is_autocast_enabled(x.device.type):  # asked here: inside an operator a compiler does not see it
             x = x.to(torch.get_autocast_dtype(x.device.type))
+        options = (list(self.stride), list(self.padding), list(self.dilation))
         return frozen_convolution(x, weight, bias, *options, self.groups)  # type: ignore[no-any-return]
+
+    def inference_form(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        options = (list(self.stride), list(self.padding), list(self.dilation))
+        return torch.convolution(x, weight, bias, *options, False, [0] * len(self.stride), self.groups)
 
     def extra_repr(self) -> str:
         return f"stride={self.stride}, padding={self.padding}, dilation={self.dilation}, groups={self.groups}"

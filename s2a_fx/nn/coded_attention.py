@@ -39,6 +39,11 @@ class CodedAttention(nn.Module):
     ) -> torch.Tensor:
         if needs_grad(query, key, value) and not torch.compiler.is_dynamo_compiling():  # compiled, it keeps what autograd keeps
             return _CodedAttention.apply(self, query, key, value, mask)  # type: ignore[no-any-return]
+        return self.inference_form(query, key, value, mask)
+
+    def inference_form(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
         return F.scaled_dot_product_attention(query, key, value, mask, 0.0, self.is_causal, scale=self.scale)
 
     def extra_repr(self) -> str:

@@ -41,6 +41,16 @@ class CodedMLP(nn.Module):
             return F.linear(binned(u, self.name, self.bits)[0], weight_2, bias_2)
         if frozen and needs_grad(x, bias_1):
             return _CodedMLP.apply(x, weight_1, bias_1, weight_2, bias_2, self.name, self.bits)  # type: ignore[no-any-return]
+        return self.inference_form(x, weight_1, bias_1, weight_2, bias_2)
+
+    def inference_form(
+        self,
+        x: torch.Tensor,
+        weight_1: torch.Tensor,
+        bias_1: torch.Tensor | None,
+        weight_2: torch.Tensor,
+        bias_2: torch.Tensor | None,
+    ) -> torch.Tensor:
         return F.linear(BINNED[self.name](F.linear(x, weight_1, bias_1)), weight_2, bias_2)
 
     def extra_repr(self) -> str:

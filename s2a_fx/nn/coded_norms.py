@@ -9,6 +9,7 @@ import copy
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -52,6 +53,10 @@ class CodedBatchNorm(_BatchNorm):
             if kept is not None:
                 kept.copy_(value)
         return y  # type: ignore[no-any-return]
+
+    def inference_form(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002
+        of_batch = self.running_mean is None and self.running_var is None
+        return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, of_batch, 0.0, self.eps)
 
     def _average_factor(self) -> float:
         """How much the batch counts in the running statistics; counts the batch."""
@@ -102,6 +107,9 @@ class CodedMaxPool(nn.MaxPool2d):
             return super().forward(input)
         options = (pair(self.kernel_size), pair(self.stride), pair(self.padding), pair(self.dilation))
         return max_pool(input, *options, self.ceil_mode)[0]
+
+    def inference_form(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002
+        return F.max_pool2d(input, self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode)
 
 
 def pair(value: int | tuple[int, ...] | list[int]) -> list[int]:

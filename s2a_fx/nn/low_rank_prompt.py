@@ -45,16 +45,22 @@ class LowRankPrompt(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """From (B, N, C), (B, H, W, C) or (B, C, H, W) to the same shape."""
-        prompt = torch.matmul(self.A, self.B)
-        prompt = prompt.unflatten(0, self.grid) if self.cells is None else self._spread(prompt.unflatten(0, self.cells))
-        if self.order == "BCHW":
-            prompt = prompt.permute(2, 0, 1)
+        prompt = self._prompt()
         if x.shape[1:] != prompt.shape:
             raise ShapeError(
                 f"{self.name}: prompt was built for {self._difference(prompt.shape, x.shape[1:])}; "
                 "call transform() with inputs of the size you train on."
             )
         return x + prompt
+
+    def inference_form(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self._prompt().contiguous()
+
+    def _prompt(self) -> torch.Tensor:
+        """A B, laid out as x is, without the batch."""
+        prompt = torch.matmul(self.A, self.B)
+        prompt = prompt.unflatten(0, self.grid) if self.cells is None else self._spread(prompt.unflatten(0, self.cells))
+        return prompt.permute(2, 0, 1) if self.order == "BCHW" else prompt
 
     def _spread(self, prompt: torch.Tensor) -> torch.Tensor:
         """From a prompt for each cell to one for each position."""

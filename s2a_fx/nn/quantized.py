@@ -1,6 +1,7 @@
 """Non-parametric layers that keep a few bits for the backward (paper, section 3.2).
 
-Each computes exactly what the layer that it replaces computes. Where no gradient is needed it is that layer: nothing is coded.
+Each computes exactly what the layer that it replaces computes. Where no gradient is needed it is that layer, its `inference_form`:
+nothing is coded.
 """
 
 import torch
@@ -23,9 +24,10 @@ class QuantizedGELU(nn.Module):
         self.bits = bits
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not _needs_grad(x):
-            return F.gelu(x, approximate=self.approximate)
-        return ops.gelu(x, self.approximate, self.bits)[0]
+        return ops.gelu(x, self.approximate, self.bits)[0] if _needs_grad(x) else self.inference_form(x)
+
+    def inference_form(self, x: torch.Tensor) -> torch.Tensor:
+        return F.gelu(x, approximate=self.approximate)
 
     def extra_repr(self) -> str:
         return f"approximate={self.approximate!r}, bits={self.bits}"
@@ -39,7 +41,10 @@ class QuantizedSiLU(nn.Module):
         self.bits = bits
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return ops.silu(x, self.bits)[0] if _needs_grad(x) else F.silu(x)
+        return ops.silu(x, self.bits)[0] if _needs_grad(x) else self.inference_form(x)
+
+    def inference_form(self, x: torch.Tensor) -> torch.Tensor:
+        return F.silu(x)
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}"
@@ -49,7 +54,10 @@ class QuantizedReLU(nn.Module):
     """ReLU that keeps one bit an element; its gradient is exact."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return ops.relu(x)[0] if _needs_grad(x) else F.relu(x)
+        return ops.relu(x)[0] if _needs_grad(x) else self.inference_form(x)
+
+    def inference_form(self, x: torch.Tensor) -> torch.Tensor:
+        return F.relu(x)
 
 
 class QuantizedSoftmax(nn.Module):
@@ -61,7 +69,10 @@ class QuantizedSoftmax(nn.Module):
         self.bits = bits
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return ops.softmax(x, self.dim, self.bits)[0] if _needs_grad(x) else torch.softmax(x, self.dim)
+        return ops.softmax(x, self.dim, self.bits)[0] if _needs_grad(x) else self.inference_form(x)
+
+    def inference_form(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.softmax(x, self.dim)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, bits={self.bits}"
@@ -86,6 +97,9 @@ class QuantizedSoftmaxMatmul(nn.Module):
         if not _needs_grad(scores, value):
             return torch.matmul(F.dropout(torch.softmax(scores, -1), dropout_p, dropout_p > 0), value)
         return ops.softmax_matmul(scores, value, dropout_p, self.bits)[0]
+
+    def inference_form(self, scores: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return torch.matmul(torch.softmax(scores, -1), value)
 
     def extra_repr(self) -> str:
         return f"dropout_p={self.dropout_p}, bits={self.bits}"
@@ -125,6 +139,11 @@ class QuantizedAttention(nn.Module):
             return F.scaled_dot_product_attention(query, key, value, mask, dropout_p, self.is_causal, scale=self.scale)
         scale = query.shape[-1] ** -0.5 if self.scale is None else self.scale
         return ops.attention(query, key, value, mask, dropout_p, self.is_causal, scale, self.bits)[0]
+
+    def inference_form(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return F.scaled_dot_product_attention(query, key, value, mask, self.eval_dropout_p, self.is_causal, scale=self.scale)
 
     def extra_repr(self) -> str:
         return f"dropout_p={self.dropout_p}, is_causal={self.is_causal}, scale={self.scale}, bits={self.bits}"

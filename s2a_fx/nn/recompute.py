@@ -37,6 +37,10 @@ class Recomputed(nn.Module):
         """From here on run all images together: for bodies into which their number is built."""
         raise NotImplementedError
 
+    def of_body(self, *arguments: Any) -> tuple[Any, ...]:
+        """What the body is called with: `body(*of_body(*arguments))` is this module without its backward."""
+        return arguments
+
     def trained(self) -> list[nn.Parameter]:
         """The part's parameters that train."""
         return [p for p in self.body.parameters() if p.requires_grad]

@@ -16,7 +16,7 @@ from torch import fx
 from s2a_fx.codecs.rows import Rows
 from s2a_fx.nn.compiled import DecodedNorm, recomputed
 from s2a_fx.nn.recompute import Circumstances, Recomputed, detached, needs_grad, parts, refuse_second_derivative
-from s2a_fx.ops.normalize import channel_means, normalize_backward, normalize_decode, normalize_encode, normalized
+from s2a_fx.ops.normalize import channel_means, normalize_backward, normalize_decode, normalize_encode, normalized, plain_norm
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,14 @@ class RecomputedBranch(Recomputed):
     def forward(self, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, *operands: Any) -> torch.Tensor:
         trained = self.trained()
         if not needs_grad(x, weight, bias, *operands, *trained):
-            return self.body(self.norm(x, weight, bias)[0], *operands)  # type: ignore[no-any-return]
+            return self.body(*self.of_body(x, weight, bias, *operands))  # type: ignore[no-any-return]
         if torch.compiler.is_dynamo_compiling():
             return self.body(self.norm(x, weight, bias)[0], *operands) if self.draws else self._compiled(x, weight, bias, *operands)
         return _RecomputedBranch.apply(self, len(operands), x, weight, bias, *operands, *trained)  # type: ignore[no-any-return]
+
+    def of_body(self, *arguments: Any) -> tuple[Any, ...]:
+        x, weight, bias, *operands = arguments
+        return plain_norm(x, weight, bias, self.norm.eps, self.norm.centered), *operands
 
     def _compiled(self, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, *operands: Any) -> torch.Tensor:
         """`forward` for a compiler (see `nn/compiled.py`)."""

@@ -32,13 +32,19 @@ class TrainingSwitch(nn.Module):
         self.differences = differences
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._called(self.training, args, kwargs)
+
+    def inference_form(self, *args: Any, **kwargs: Any) -> Any:
+        return self._called(False, args, kwargs)
+
+    def _called(self, training: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         arguments = list(args)
         for key, train, eval_ in self.differences:
-            value = train if self.training else eval_
+            value = train if training else eval_
             if isinstance(key, int):
                 arguments[key] = value
             else:
-                kwargs[key] = value
+                kwargs = {**kwargs, key: value}
         return self.function(*arguments, **kwargs)
 
     def extra_repr(self) -> str:

@@ -18,6 +18,12 @@ def _uniform(tensor: torch.Tensor, channels: int) -> nn.Parameter:
     return nn.Parameter(tensor.uniform_(-bound, bound))
 
 
+def _for_each(x: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
+    """The prompt once for each image of x, which has one dimension more; no memory of its own."""
+    place = (slice(None), *[slice(1)] * prompt.ndim)
+    return prompt.expand_as(x[place].expand(-1, *prompt.shape))
+
+
 class PromptTokens(nn.Module):
     """From (B, N, C) to (B, N + tokens, C): learned tokens after the first `prefix` ones. Keeps nothing."""
 
@@ -27,7 +33,10 @@ class PromptTokens(nn.Module):
         self.tokens = _uniform(torch.empty(tokens, channels, **factory), channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        tokens = self.tokens.expand(x.shape[0], -1, -1)
+        return self.inference_form(x)
+
+    def inference_form(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = _for_each(x, self.tokens)
         parts = [x[:, : self.prefix], tokens, x[:, self.prefix :]] if self.prefix else [tokens, x]
         return torch.cat(parts, 1)
 
@@ -56,15 +65,21 @@ class PromptBorder(nn.Module):
         return (channels, height, width) if self.order == "BCHW" else (height, width, channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        down, across = (2, 3) if self.order == "BCHW" else (1, 2)
+        down, across = self._dims()
         if (x.shape[down], x.shape[across]) != self.grid:
             raise ShapeError(
                 f"{self.name}: the prompt's border was built for {self.grid[0]}x{self.grid[1]} positions, got "
                 f"{x.shape[down]}x{x.shape[across]}; call transform() with inputs of the size you train on."
             )
-        top, bottom = self.rows.unsqueeze(1).expand(-1, x.shape[0], -1, -1, -1).unbind()
-        left, right = self.columns.unsqueeze(1).expand(-1, x.shape[0], -1, -1, -1).unbind()
+        return self.inference_form(x)
+
+    def inference_form(self, x: torch.Tensor) -> torch.Tensor:
+        down, across = self._dims()
+        top, bottom, left, right = (_for_each(x, side) for side in (*self.rows.unbind(), *self.columns.unbind()))
         return torch.cat((top, torch.cat((left, x, right), across), bottom), down)
+
+    def _dims(self) -> tuple[int, int]:
+        return (2, 3) if self.order == "BCHW" else (1, 2)
 
     def extra_repr(self) -> str:
         return f"{self.order}, grid={self.grid}"

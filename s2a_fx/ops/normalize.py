@@ -92,6 +92,13 @@ def _mean(parts: Sequence[torch.Tensor], width: int) -> torch.Tensor:
     return functools.reduce(operator.add, [part.sum((1, 2), keepdim=True) for part in parts]) / width
 
 
+def plain_norm(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float, centered: bool) -> torch.Tensor:
+    """Layer norm (`centered`) or RMS norm over the last dimension, as inference has it."""
+    if centered:
+        return torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    return torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps)
+
+
 def normalized(
     x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float, centered: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

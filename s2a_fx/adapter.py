@@ -1,0 +1,233 @@
+"""Task files: what a recipe trained, apart from the base that it was trained on.
+
+s2a_fx.save_adapter(gm, "flowers.safetensors")        a few MB: what trains, and the statistics of batch norms
+s2a_fx.load_adapter(gm, "flowers.safetensors")        into the same base under the same recipe, and into no other
+
+tasks = {name: s2a_fx.read_adapter(f"{name}.safetensors") for name in names}
+tasks["birds"].apply(gm)                              one base, many tasks: the base is checked once, then values are copied
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import fx, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from s2a_fx import task_file
+from s2a_fx.base_digests import digests, fingerprint, persistent, require_values, whole
+from s2a_fx.errors import AdapterError, InputError
+from s2a_fx.origin import Origin, origin_of
+from s2a_fx.recipes import recipe_called
+
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+"""Buffers that training changes, by the names that torch and timm give them."""
+
+
+@dataclass(frozen=True, eq=False)
+class TaskAdapter:
+    """What one task trained. `of` takes it from a model, `apply` puts it into one; it shares no memory with either.
+
+    Attributes:
+        model: name of the base, for messages.
+        passes: the recipe, each pass with all its options.
+        base: digest of each tensor that is the base's alone.
+        tensors: the trained parameters and the statistics, on the CPU.
+    """
+
+    model: str
+    passes: tuple[str, ...]
+    base: Mapping[str, str] = field(repr=False)
+    tensors: Mapping[str, torch.Tensor] = field(repr=False)
+
+    @staticmethod
+    def of(gm: nn.Module) -> "TaskAdapter":
+        """What `gm`, made by `transform`, has trained: parameters that need a gradient, and all running statistics.
+
+        Of parameters that are spread over processes (FSDP2) the whole is gathered: every process must call this.
+
+        Raises:
+            InputError: `gm` was not made by `transform`.
+            AdapterError: it has no values (meta device), or nothing that trains.
+        """
+        origin = _origin(gm)
+        held = persistent(gm)
+        trained = {name: tensor for name, tensor in held.items() if _changes(name, tensor)}
+        if not any(isinstance(tensor, nn.Parameter) for tensor in trained.values()):
+            raise AdapterError("no parameter of the model needs a gradient: there is no task to keep. Save before you freeze all.")
+        for name, tensor in trained.items():
+            require_values(name, tensor)
+        tensors = {
+            name: whole(tensor).detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+            for name, tensor in trained.items()
+        }
+        return TaskAdapter(origin.model, origin.passes, digests({n: t for n, t in held.items() if n not in trained}), tensors)
+
+    def apply(self, gm: nn.Module) -> None:
+        """Copy the task's values into `gm`: in train or eval mode, on any device, spread over processes or not.
+
+        All is checked before anything is copied. The base is read once for a model; later calls copy values only. Nothing but
+        values changes: not the mode, nor what needs a gradient, nor an optimizer's state.
+
+        Raises:
+            InputError: `gm` was not made by `transform`.
+            AdapterError: recipe, names, shapes, dtypes or frozen weights differ from those that the task was trained with; `gm` is
+                as it was.
+        """
+        origin, held = _origin(gm), persistent(gm)
+        self._check_recipe(origin)
+        self._check_names(held)
+        for name, tensor in self.tensors.items():
+            self._check_tensor(gm, name, tensor, held[name])
+        self._check_base(origin, {n: t for n, t in held.items() if n not in self.tensors})
+        with torch.no_grad():
+            values = [(held[name], _like(held[name], tensor)) for name, tensor in self.tensors.items()]
+            for target, value in values:
+                target.copy_(value)
+
+    def _check_recipe(self, origin: Origin) -> None:
+        if self.passes != origin.passes:
+            wanted, got = recipe_called(self.passes), recipe_called(origin.passes)
+            raise AdapterError(
+                f"the task was trained under the recipe {wanted}, the model was made by {got}; "
+                f"transform the base with the recipe {wanted}."
+            )
+
+    def _check_names(self, held: Mapping[str, torch.Tensor]) -> None:
+        unexpected = [name for name in self.tensors if name not in held]
+        missing = [name for name, tensor in held.items() if _changes(name, tensor) and name not in self.tensors]
+        if unexpected or missing:
+            raise AdapterError(
+                f"the task, trained on {self.model}, has {_some(unexpected)} that the model has not, and lacks {_some(missing)} "
+                "that the model trains; load it into the model that it was trained on, with the same parameters frozen."
+            )
+
+    def _check_tensor(self, gm: nn.Module, name: str, got: torch.Tensor, wanted: torch.Tensor) -> None:
+        require_values(name, wanted)
+        if got.shape != wanted.shape:
+            layer = gm.get_submodule(name.rpartition(".")[0])
+            classes = isinstance(layer, nn.Linear | nn.Conv2d) and got.shape[1:] == wanted.shape[1:]
+            remedy = f"num_classes={got.shape[0]}, if this is the head" if classes else f"inputs of the size of {self.model}'s"
+            raise AdapterError(
+                f"{name}: the task has shape {list(got.shape)}, the model {list(wanted.shape)}; build and transform the model "
+                f"with {remedy}."
+            )
+        if got.dtype != wanted.dtype:
+            raise AdapterError(
+                f"{name}: the task has {got.dtype}, the model {wanted.dtype}; load the task first, then convert the model."
+            )
+
+    def _check_base(self, origin: Origin, frozen: Mapping[str, torch.Tensor]) -> None:
+        present = digests(frozen)
+        differing = [name for name in {**self.base, **present} if self.base.get(name) != present.get(name)]
+        if differing:
+            raise AdapterError(
+                f"the task was trained on {self.model} with other frozen weights than this {origin.model} has "
+                f"(fingerprint {fingerprint(self.base)[:12]}, got {fingerprint(present)[:12]}): {_some(differing)} differ. "
+                "Load the pretrained weights that it was trained on, in the same dtype."
+            )
+
+
+def save_adapter(gm: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write what `gm`, made by `transform`, has trained to a safetensors file, whole or not at all.
+
+    Of a model that is spread over processes (FSDP2) every process must call this, and the first one writes. Replicas (DDP) write
+    the same file each: let one of them do it, and give it `ddp.module`.
+
+    Raises:
+        InputError: `gm` was not made by `transform`.
+        AdapterError: nothing trains, or the file cannot be written.
+    """
+    adapter = TaskAdapter.of(gm)
+    if not any(isinstance(p, DTensor) for p in gm.parameters()):
+        _write(adapter, Path(path))
+        return
+    try:
+        if dist.get_rank() == 0:
+            _write(adapter, Path(path))
+    finally:
+        dist.barrier()  # the others may read it next
+
+
+def load_adapter(gm: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Read a task file and copy its values into `gm`: `read_adapter(path).apply(gm)`.
+
+    Raises:
+        InputError: `gm` was not made by `transform`.
+        AdapterError: the file is no whole task file, or does not fit `gm`, which is then as it was.
+    """
+    _origin(gm)
+    adapter = read_adapter(path)
+    try:
+        adapter.apply(gm)
+    except AdapterError as error:
+        raise AdapterError(f"{os.fspath(path)}: {error}") from error
+
+
+def read_adapter(path: str | os.PathLike[str]) -> TaskAdapter:
+    """The task in a file that `save_adapter` wrote. Nothing in it is executed.
+
+    Raises:
+        AdapterError: there is no such file, it is damaged or cut off, or it is no task file.
+    """
+    metadata, tensors = task_file.read(Path(path))
+    try:
+        passes, base = json.loads(metadata["passes"]), json.loads(metadata["base"])
+        whole_file = _are_strings(passes) and _are_strings(list(base.values())) and fingerprint(base) == metadata["fingerprint"]
+        adapter = TaskAdapter(metadata["model"], tuple(passes), base, tensors)
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
+        whole_file = False
+    if not whole_file:
+        raise AdapterError(f"{os.fspath(path)}: its metadata are not those that save_adapter writes; save the task again.")
+    return adapter
+
+
+def _write(adapter: TaskAdapter, path: Path) -> None:
+    metadata = {
+        "model": adapter.model,
+        "recipe": recipe_called(adapter.passes),
+        "passes": json.dumps(adapter.passes),
+        "fingerprint": fingerprint(adapter.base),
+        "base": json.dumps(adapter.base),
+    }
+    task_file.write(path, metadata, adapter.tensors)
+
+
+def _are_strings(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, str) for value in values)
+
+
+def _origin(gm: nn.Module) -> Origin:
+    origin = origin_of(gm)
+    if origin is None or not isinstance(gm, fx.GraphModule):
+        raise InputError(
+            f"got a {type(gm).__name__}, wanted what s2a_fx.transform(model, inputs, recipe) returns; "
+            "if it is wrapped (DDP, torch.compile), give what is inside (.module, ._orig_mod)."
+        )
+    return origin
+
+
+def _changes(name: str, tensor: torch.Tensor) -> bool:
+    """Whether training changes a tensor."""
+    if isinstance(tensor, nn.Parameter):
+        return tensor.requires_grad
+    return name.rpartition(".")[2] in _STATISTICS
+
+
+def _like(target: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """The value on the target's device, or spread as it is."""
+    if isinstance(target, DTensor):
+        mesh = target.device_mesh
+        return distribute_tensor(value.to(mesh.device_type), mesh, target.placements, src_data_rank=None)
+    return value.to(target.device)
+
+
+def _some(names: list[str]) -> str:
+    """The first few of the names, and how many more there are."""
+    shown = ", ".join(names[:3])
+    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown or "nothing"

@@ -1,0 +1,183 @@
+"""`finalize`: a rewritten model as an ordinary inference model, which needs no s2a_fx.
+
+    before  CodedMLP(x, w1, b1, w2, b2)               after  linear(gelu(linear(x, w1, b1)), w2, b2)
+    before  RecomputedBranch(x), Checkpointed(x)      after  the nodes that it stands for
+    before  LowRankPrompt(x)                          after  x + constant
+    before  layer(x) + B(A(x)) * scale                after  layer(x), B A * scale added to its weight
+    before  dropout, drop path, identity              after  nothing
+
+A module says itself what it is at inference: its method `inference_form` is called on proxies and leaves plain nodes. What is made
+of parameters alone becomes a constant. Modules without that method stay.
+"""
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath
+from torch import fx, nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from s2a_fx.analysis.flow import attribute
+from s2a_fx.errors import InputError
+from s2a_fx.nn.recompute import Recomputed
+from s2a_fx.passes.base import free_path
+from s2a_fx.passes.merge_low_rank import merge_low_rank
+from s2a_fx.trace import share_weights
+
+_DROPS = (nn.Identity, _DropoutNd, DropPath)
+_DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
+_IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
+
+
+def finalize(gm: fx.GraphModule) -> fx.GraphModule:
+    """An inference model that computes what `gm.eval()` computes, of torch's and timm's layers alone.
+
+    Args:
+        gm: what `s2a_fx.transform` returned, in either mode. It is left as it is, and shares the storages of all weights that
+            were not folded with the result: after more training, finalize again, or train a `copy.deepcopy`.
+
+    Returns:
+        A graph module in eval mode, nothing of which needs a gradient. `torch.export.export(module, (x,), strict=False)` takes it,
+        its batch dynamic.
+
+    Raises:
+        InputError: `gm` is no graph module, or one with train mode baked in.
+    """
+    if not isinstance(gm, fx.GraphModule):
+        raise InputError(f"got a {type(gm).__name__}, wanted what s2a_fx.transform(model, inputs, recipe) returns.")
+    baked = [node.name for node in gm.graph.nodes if _has_train_mode_baked_in(node)]
+    if baked:
+        raise InputError(
+            f"{baked[0]}: torch.export traced the model and baked its train mode in; finalize a model that torch.fx can follow."
+        )
+    owned: Any = share_weights(gm)
+    nn.Module.eval(owned)  # that of an exported graph refuses
+    owned.requires_grad_(False)
+    with torch.no_grad():
+        plain = _written(owned, type(gm).__name__)
+        _leave_out_what_does_nothing(plain)
+        merge_low_rank(plain)
+    plain.graph.eliminate_dead_code()
+    plain.graph.lint()
+    plain.delete_all_unused_submodules()
+    plain.recompile()
+    return plain.eval()
+
+
+def _has_train_mode_baked_in(node: fx.Node) -> bool:
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    names = [argument.name for argument in node.target._schema.arguments]
+    given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    return given.get("train", given.get("training")) is True
+
+
+def _written(gm: Any, name: str) -> fx.GraphModule:
+    writer = _Writer(gm)
+    inputs = [writer.create_proxy("placeholder", n.target, n.args, {}) for n in gm.graph.nodes if n.op == "placeholder"]
+    result = _Inference(gm, writer).run(*inputs)
+    writer.graph.output(writer.create_arg(result))
+    return fx.GraphModule(writer.root, writer.graph, name)
+
+
+class _Writer(fx.proxy.GraphAppendingTracer):
+    """Writes nodes into a new graph, and what they refer to into a new root: under its old path, or as a constant."""
+
+    def __init__(self, gm: nn.Module) -> None:
+        super().__init__(fx.Graph())
+        self.root = fx.GraphModule(nn.Module(), fx.Graph())
+        self.paths = {id(t): path for path, t in [*gm.named_buffers(), *gm.named_parameters()]}
+
+    def create_arg(self, a: Any) -> Any:
+        if not isinstance(a, torch.Tensor):
+            return super().create_arg(a)
+        if id(a) not in self.paths and a.untyped_storage().nbytes() != a.nbytes:
+            a = a.clone(memory_format=torch.contiguous_format)  # a part of a weight would be saved with the whole of it
+        path = self.place(self.paths.get(id(a), "constants.value"), a)
+        self.paths[id(a)] = path  # it is alive from now on
+        return self.create_node("get_attr", path, (), {})
+
+    def place(self, path: str, value: nn.Module | torch.Tensor) -> str:
+        """Put a module or a tensor into the root, if it is not there yet; returns where it is."""
+        parent, _, name = path.rpartition(".")
+        try:
+            if attribute(self.root, path) is value:
+                return path
+        except AttributeError:
+            pass
+        path = free_path(self.root, parent, name)
+        parent, _, name = path.rpartition(".")
+        if isinstance(value, nn.Module):
+            self.root.add_submodule(path, value)
+            return path
+        if parent and not _has(self.root, parent):
+            self.root.add_submodule(parent, nn.Module())
+        owner = self.root.get_submodule(parent)
+        if isinstance(value, nn.Parameter):
+            owner.register_parameter(name, value)
+        else:
+            owner.register_buffer(name, value)
+        return path
+
+
+def _has(root: nn.Module, path: str) -> bool:
+    try:
+        root.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
+class _Inference(fx.Interpreter):
+    """Runs a graph on proxies, module by module in its inference form; what depends on no proxy, it computes."""
+
+    def __init__(self, gm: fx.GraphModule, writer: _Writer) -> None:
+        super().__init__(gm)
+        self.writer = writer
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if _is_constant(target, args, kwargs) or _is_ours(target):
+            return target(*args, **kwargs)
+        return self.writer.create_proxy("call_function", target, args, kwargs)
+
+    def call_method(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if _is_constant(target, args, kwargs):
+            return super().call_method(target, args, kwargs)
+        return self.writer.create_proxy("call_method", target, args, kwargs)
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        module: Any = self.fetch_attr(target)
+        if _is_constant(target, args, kwargs):
+            return module(*args, **kwargs)
+        if isinstance(module, Recomputed):
+            return _Inference(module.body, self.writer).run(*module.of_body(*args))
+        if hasattr(module, "inference_form"):
+            return module.inference_form(*args, **kwargs)
+        return self.writer.create_proxy("call_module", self.writer.place(target, module), args, kwargs)
+
+
+def _is_constant(target: Any, args: Any, kwargs: Any) -> bool:
+    """Whether a call reads no proxy, and overwrites nothing."""
+    proxies: list[fx.Proxy] = []
+    fx.node.map_aggregate((args, kwargs), lambda a: proxies.append(a) if isinstance(a, fx.Proxy) else a)
+    name = getattr(target, "__name__", str(target))
+    return not proxies and target not in _IN_PLACE and not (name.endswith("_") and not name.endswith("__"))
+
+
+def _is_ours(function: Callable[..., Any]) -> bool:
+    return str(getattr(function, "__module__", "")).startswith("s2a_fx.")
+
+
+def _leave_out_what_does_nothing(gm: fx.GraphModule) -> None:
+    for node in list(gm.graph.nodes):
+        if (node.op == "call_module" and isinstance(gm.get_submodule(str(node.target)), _DROPS)) or _is_idle_dropout(node):
+            node.replace_all_uses_with(node.all_input_nodes[0])
+            gm.graph.erase_node(node)
+
+
+def _is_idle_dropout(node: fx.Node) -> bool:
+    training = node.kwargs.get("training", node.args[2] if len(node.args) > 2 else True)
+    return node.op == "call_function" and node.target in _DROPOUTS and training is False

@@ -1,0 +1,155 @@
+"""Checkpoints: what a run needs to go on as if it had never stopped.
+
+A checkpoint holds what changes: the weights that train, buffers, the optimizer's state, and where the run stands. The frozen
+weights come again from where they came, and a fingerprint tells whether they are the same: a checkpoint of a ViT-B is 10 MB
+instead of 350, and can be written every few steps. Generators have no state to be stored: see `draws.py`.
+
+Files are written whole or not at all, and read as tensors, numbers and strings: no code that a file may hold is run.
+"""
+
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from s2a_fx.base_digests import persistent
+from s2a_fx.errors import InputError
+from s2a_fx.finetune.distributed import gathered, like_shards, spread
+from s2a_fx.finetune.evaluate import Accuracy
+
+LAST, BEST, TASK = "last.pt", "best.pt", "task.safetensors"
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """A finished epoch: its number from 1, mean training loss, accuracy on the evaluation split, and images trained on a second."""
+
+    number: int
+    loss: float
+    accuracy: Accuracy
+    images_per_second: float
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands: finished epochs, and in the present one the updates done and the sum of their losses."""
+
+    epochs: tuple[Epoch, ...] = ()
+    updates: int = 0
+    loss_sum: float = 0.0
+
+    def after_epoch(self, accuracy: Accuracy, images_per_second: float) -> "Position":
+        """The epoch is over."""
+        epoch = Epoch(len(self.epochs) + 1, self.loss_sum / self.updates, accuracy, images_per_second)
+        return Position((*self.epochs, epoch))
+
+    @property
+    def best(self) -> Epoch | None:
+        """The epoch of the highest accuracy, the first of several."""
+        return max(self.epochs, key=lambda e: e.accuracy.top1, default=None)
+
+
+@dataclass(frozen=True)
+class State:
+    """What a checkpoint is taken of and read into."""
+
+    gm: fx.GraphModule
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    options: dict[str, Any]
+    fingerprint: str
+
+    def record(self, position: Position) -> dict[str, Any]:
+        """All that is stored; all processes make it together."""
+        spread(self.gm)
+        with torch.no_grad():
+            trained = {n: gathered(p.detach()).cpu() for n, p in self.gm.named_parameters() if p.requires_grad}
+            optimizer = self.optimizer.state_dict()
+            optimizer["state"] = {i: {k: gathered(v) for k, v in values.items()} for i, values in optimizer["state"].items()}
+        return {
+            "trained": trained,
+            "buffers": self._buffers(),
+            "optimizer": optimizer,
+            "scaler": self.scaler.state_dict(),
+            "position": asdict(position),
+            "options": self.options,
+            "fingerprint": self.fingerprint,
+        }
+
+    def restore(self, record: dict[str, Any]) -> Position:
+        """Take over a record of this run's."""
+        self.restore_weights(record)
+        self.optimizer.load_state_dict(record["optimizer"])
+        for parameter, values in self.optimizer.state.items():
+            values.update({k: like_shards(v, parameter) for k, v in values.items()})
+        self.scaler.load_state_dict(record["scaler"])
+        stored = record["position"]
+        epochs = tuple(Epoch(**{**e, "accuracy": Accuracy(**e["accuracy"])}) for e in stored["epochs"])
+        return Position(epochs, stored["updates"], stored["loss_sum"])
+
+    def restore_weights(self, record: dict[str, Any]) -> None:
+        """Take over a record's weights and buffers."""
+        spread(self.gm)
+        buffers = self._buffers()
+        with torch.no_grad():
+            for name, parameter in self.gm.named_parameters():
+                if name in record["trained"]:
+                    parameter.copy_(like_shards(record["trained"][name], parameter))
+            for name, value in record["buffers"].items():
+                buffers[name].copy_(value)
+
+    def _buffers(self) -> dict[str, torch.Tensor]:
+        return {name: t for name, t in persistent(self.gm).items() if not isinstance(t, nn.Parameter)}
+
+    def check(self, record: dict[str, Any], file: Path) -> None:
+        """Raise `InputError` if the record is of another run."""
+        for name, value in self.options.items():
+            if record["options"].get(name) != value:
+                raise InputError(
+                    f"{file}: its run had {name} {record['options'].get(name)!r}, got {value!r}; resume with the same, or begin "
+                    "a run in another --output."
+                )
+        if record["fingerprint"] != self.fingerprint:
+            raise InputError(f"{file}: its run began with other weights; give the same --pretrained or --checkpoint.")
+
+
+def write(record: dict[str, Any], file: Path) -> None:
+    """Write a checkpoint whole or not at all.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    part = file.with_name(f".{file.name}.part")  # of one name: what a killed run leaves is written over
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("wb") as stream:
+            torch.save(record, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        part.replace(file)
+    except OSError as error:
+        raise InputError(f"{file}: cannot be written: {error.strerror}.") from error
+    finally:
+        if part.exists():
+            part.unlink()
+
+
+def read(file: Path) -> dict[str, Any]:
+    """Read a checkpoint.
+
+    Raises:
+        InputError: there is none, or it is no checkpoint of a run.
+    """
+    if not file.is_file():
+        raise InputError(f"{file}: there is no checkpoint to resume from; leave out --resume, or give the --output of the run.")
+    try:
+        record = torch.load(file, map_location="cpu", weights_only=True)
+        record["trained"], record["options"], record["position"]
+    except Exception as error:
+        raise InputError(
+            f"{file}: is no checkpoint of s2a-fx finetune, or a damaged one; begin anew in another --output."
+        ) from error
+    return record  # type: ignore[no-any-return]

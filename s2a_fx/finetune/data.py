@@ -1,0 +1,157 @@
+"""Data sets and loaders, by timm's factories."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from timm.data import Mixup, create_dataset, create_loader
+from torch.utils.data import IterableDataset
+from torch.utils.data.distributed import DistributedSampler
+
+from s2a_fx.errors import InputError
+from s2a_fx.finetune.distributed import Processes
+from s2a_fx.finetune.draws import Drawn, draw_for_batch
+from s2a_fx.finetune.options import FinetuneOptions
+
+
+@dataclass(frozen=True)
+class DataSets:
+    """What is trained on, what is evaluated on, and how many classes both have."""
+
+    train: Any
+    val: Any
+    classes: int
+
+
+def open_data(options: FinetuneOptions) -> DataSets:
+    """The two splits of the run's data set.
+
+    Raises:
+        InputError: there is no such data, a split is missing or empty, or the classes of the splits do not agree.
+    """
+    if not options.dataset and not options.data.is_dir():
+        raise InputError(f"{options.data}: there is no such folder; give one that holds train/ and val/, or name a --dataset.")
+    train = _split(options, options.train_split)
+    val = _split(options, options.val_split)
+    names, val_names = _class_names(train), _class_names(val)
+    if isinstance(names, dict) and isinstance(val_names, dict):
+        if strange := sorted(set(val_names) - set(names)):
+            raise InputError(
+                f"{options.data}: {', '.join(strange[:3])}: in the split {options.val_split!r} and not in {options.train_split!r}; "
+                "give both splits the same classes."
+            )
+        val = _split(options, options.val_split, class_map=names)  # a class without images must not shift the others
+    counted = options.num_classes if names is None else len(names)
+    if counted is None:
+        raise InputError(f"{options.dataset}: does not say how many classes it has; give --num-classes.")
+    classes = options.num_classes or counted
+    if classes < counted or counted < 2:
+        wanted = "two at least" if counted < 2 else f"no more than the {classes} of --num-classes"
+        raise InputError(f"{options.data}: got {counted} {'class' if counted == 1 else 'classes'}, wanted {wanted}.")
+    return DataSets(Drawn(train, options.seed), Drawn(val, options.seed), classes)
+
+
+def _split(options: FinetuneOptions, split: str, **settings: Any) -> Any:
+    try:
+        dataset = create_dataset(options.dataset, root=str(options.data), split=split, **settings)
+    except Exception as error:  # each kind of data set has its own
+        raise InputError(f"{options.dataset or options.data}, split {split!r}: cannot be opened: {error}.") from error
+    if isinstance(dataset, IterableDataset):
+        raise InputError(f"{options.dataset}: is a stream; wanted a data set of known order: a folder, torch/... or hfds/...")
+    if not options.dataset and dataset.reader.root == str(options.data):
+        raise InputError(
+            f"{options.data}: has no folder for the split {split!r}; wanted train/ and val/, a folder a class in each."
+        )
+    if not len(dataset):
+        raise InputError(f"{options.dataset or options.data}, split {split!r}: has no images.")
+    return dataset
+
+
+def _class_names(dataset: Any) -> Any:
+    """The classes as the data set tells them, a dictionary to their indices for a folder; None if it does not."""
+    reader = getattr(dataset, "reader", None)
+    labels = getattr(getattr(getattr(reader, "dataset", None), "features", {}).get("label"), "names", None)
+    return getattr(reader, "class_to_idx", None) or getattr(dataset, "classes", None) or labels
+
+
+class Order(DistributedSampler[int]):
+    """The order of an epoch for one process of several, or one; it begins at `start`."""
+
+    start = 0
+
+    def __iter__(self) -> Iterator[int]:
+        return islice(super().__iter__(), self.start, None)
+
+
+@dataclass(frozen=True)
+class Loader:
+    """Batches of a split on the device, normalized; `order` and `dataset` are told the epoch before each pass."""
+
+    batches: Any
+    order: Order
+    dataset: Drawn
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def from_batch(self, epoch: int, first: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The batches of an epoch, without loading those before the `first`."""
+        self.order.set_epoch(epoch)
+        self.order.start = first * self.batches.loader.batch_size
+        self.dataset.epoch = epoch
+        return iter(self.batches)
+
+
+def make_loader(
+    dataset: Drawn, config: dict[str, Any], options: FinetuneOptions, processes: Processes, device: torch.device, train: bool
+) -> Loader:
+    """timm's loader for a split.
+
+    Args:
+        config: the model's data settings, as timm resolves them.
+        train: augmented and shuffled, whole batches only.
+
+    Raises:
+        InputError: timm knows no such augmentation.
+    """
+    try:
+        batches: Any = create_loader(
+            dataset,  # type: ignore[arg-type]
+            input_size=config["input_size"],
+            batch_size=options.batch_size,
+            is_training=train,
+            no_aug=options.augment == "none",
+            auto_augment=None if options.augment in ("none", "crop") else options.augment,
+            color_jitter=0.0,
+            interpolation=config["interpolation"],
+            mean=config["mean"],
+            std=config["std"],
+            crop_pct=config["crop_pct"],
+            num_workers=options.workers,
+            persistent_workers=False,  # an epoch's workers are told the epoch when they start
+            pin_memory=device.type == "cuda",
+            device=device,
+        )
+    except (AssertionError, ValueError, KeyError) as error:
+        raise InputError(f"augment: timm refuses {options.augment!r}: {error}; give none, crop, or a policy of timm's.") from error
+    order = Order(dataset, processes.count, processes.rank, shuffle=train, seed=options.seed, drop_last=train)
+    batches.loader.batch_sampler.sampler = order  # one order for one process and for many, which can begin anywhere
+    return Loader(batches, order, dataset)
+
+
+def make_mixup(options: FinetuneOptions, classes: int) -> Mixup | None:
+    """timm's mixup and cutmix; None if neither is asked for."""
+    if not options.mixup and not options.cutmix:
+        return None
+    return Mixup(options.mixup, options.cutmix, label_smoothing=options.label_smoothing, num_classes=classes)
+
+
+def training_batches(
+    loader: Loader, epoch: int, first: int, mixup: Mixup | None, options: FinetuneOptions, processes: Processes
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The batches of an epoch from the `first` on, mixed; what the model draws for each depends on its place alone."""
+    for index, (images, targets) in enumerate(loader.from_batch(epoch, first), first):
+        draw_for_batch(options.seed, epoch, index, processes.rank)
+        yield (images, targets) if mixup is None else mixup(images, targets)

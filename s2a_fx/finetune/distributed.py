@@ -1,0 +1,119 @@
+"""One process or several: who is who, how weights and gradients are shared."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from timm.utils.distributed import init_distributed_device_so, is_distributed_env
+from torch import fx, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from s2a_fx.errors import InputError
+from s2a_fx.finetune.units import make_units
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those that train together."""
+
+    rank: int = 0
+    count: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    parallel: str | None = None
+
+    @property
+    def first(self) -> bool:
+        """Whether this process prints and writes."""
+        return self.rank == 0
+
+    def added(self, counts: torch.Tensor) -> torch.Tensor:
+        """The sum of all processes' counts."""
+        if self.count > 1:
+            dist.all_reduce(counts)
+        return counts
+
+    def any(self, here: bool) -> bool:
+        """Whether it is so in any process."""
+        return here if self.count == 1 else bool(self.added(torch.tensor(int(here), device=self.device)))
+
+    def wait(self) -> None:
+        """Until all are here."""
+        if self.count > 1:
+            dist.barrier()
+
+
+@contextmanager
+def joined(device: str | None, parallel: str | None) -> Iterator[Processes]:
+    """Join the processes that torchrun started, if it did.
+
+    Raises:
+        InputError: the device is not there, or `parallel` is asked of a process that is alone.
+    """
+    if parallel and not is_distributed_env():
+        raise InputError(
+            f"parallel: got {parallel!r} and one process; start several: torchrun --nproc-per-node 2 -m s2a_fx.cli ..."
+        )
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = init_distributed_device_so(device)
+        found = torch.device(place["device"])
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise InputError(f"device: {device!r} cannot be used: {error}") from error
+    several = place["world_size"] > 1
+    try:
+        yield Processes(place["global_rank"], place["world_size"], found, (parallel or "ddp") if several else None)
+    finally:
+        if several:
+            dist.destroy_process_group()
+
+
+def shared(gm: fx.GraphModule, processes: Processes, blocks: Sequence[str]) -> nn.Module:
+    """The module to call for training: `gm` itself, or with its gradients (DDP), its weights too (FSDP2), shared.
+
+    FSDP2 gathers the weights of one of the `blocks` at a time, and those of the rest of the model together.
+    """
+    if processes.parallel == "ddp":
+        return DistributedDataParallel(gm, device_ids=[processes.device] if processes.device.type == "cuda" else None)
+    if processes.parallel == "fsdp":
+        # A block is the least that is right. FSDP2 gathers a module's weights when it is called, and a group for each layer would
+        # leave out those that coded layers read and recomputed branches run without calling their module: most of a ViT's.
+        mesh = dist.init_device_mesh(processes.device.type, (processes.count,))
+        units = make_units(gm, blocks)
+        for unit in units:
+            fully_shard(unit, mesh=mesh)
+        in_units = {parameter for unit in units for parameter in unit.parameters()}
+        fully_shard(gm, mesh=mesh, reshard_after_forward=True, ignored_params=in_units)
+    return gm
+
+
+def without_sync(model: nn.Module, without: bool) -> AbstractContextManager[Any]:
+    """A context in which a backward adds up gradients in this process alone, if `without`."""
+    if isinstance(model, DistributedDataParallel) and without:
+        return model.no_sync()
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(not without)
+    return nullcontext()
+
+
+def spread(gm: nn.Module) -> None:
+    """Let go of weights that FSDP2 has gathered: parameters are this process's shards again."""
+    for module in gm.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def gathered(value: Any) -> Any:
+    """A tensor of all processes' shards; anything else as it is. All processes call it together."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def like_shards(value: Any, parameter: torch.Tensor) -> Any:
+    """This process's shard of a whole tensor, laid out as the parameter is."""
+    if not isinstance(parameter, DTensor) or not isinstance(value, torch.Tensor) or value.shape != parameter.shape:
+        return value
+    return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)

@@ -1,0 +1,50 @@
+"""Random numbers that depend on their place alone.
+
+Every image and every batch draws from generators that are seeded for it: from the run's seed, the epoch, and its index. A run
+therefore goes on from any step as if it had never stopped, with any number of workers, and no generator's state is stored.
+"""
+
+from typing import Any
+
+import numpy as np
+from timm.utils import random_seed
+from torch.utils.data import Dataset
+
+_IMAGE, _BATCH = 0, 1
+
+
+def draw_for_image(seed: int, epoch: int, index: int) -> None:
+    """From here on, draw what the augmentation of image `index` draws in this epoch."""
+    _seed(_IMAGE, seed, epoch, index)
+
+
+def draw_for_batch(seed: int, epoch: int, index: int, rank: int = 0) -> None:
+    """From here on, draw what mixup, dropout and the like draw for batch `index` of this epoch in process `rank`."""
+    _seed(_BATCH, seed, epoch, index, rank)
+
+
+def _seed(*place: int) -> None:
+    random_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
+
+
+class Drawn(Dataset[Any]):
+    """A data set, each image augmented by draws of its own; `epoch` is set before each epoch."""
+
+    def __init__(self, dataset: Any, seed: int) -> None:
+        self.dataset, self.seed, self.epoch = dataset, seed, 0
+
+    def __getitem__(self, index: int) -> Any:
+        draw_for_image(self.seed, self.epoch, index)
+        return self.dataset[index]
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    @property
+    def transform(self) -> Any:
+        """Set by timm's loader factory."""
+        return self.dataset.transform
+
+    @transform.setter
+    def transform(self, transform: Any) -> None:
+        self.dataset.transform = transform

@@ -1,0 +1,94 @@
+"""The model of a run, with the weights that it begins with."""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data import resolve_data_config
+from timm.models import load_state_dict
+from torch import nn
+
+from s2a_fx.errors import InputError
+from s2a_fx.finetune.options import FinetuneOptions
+from s2a_fx.zoo import create_model
+
+
+def build_model(options: FinetuneOptions, classes: int, weights: bool = True) -> tuple[nn.Module, tuple[str, ...]]:
+    """timm's model with a head for `classes`, and the names of the head's parameters that the weights lack: they begin at zero.
+
+    Args:
+        weights: read them from the options' source; otherwise they are random.
+
+    Raises:
+        InputError: timm has no such model, or the file's weights are another's.
+    """
+    pretrained = options.pretrained and weights
+    try:
+        model = create_model(
+            options.model, num_classes=classes, image_size=options.image_size, pretrained=pretrained, **options.model_options
+        )
+    except OSError as error:
+        raise InputError(
+            f"{options.model}: its weights cannot be had from the hub: {error}. Give a file with --checkpoint."
+        ) from error
+    new: tuple[str, ...] = ()
+    if options.checkpoint and weights:
+        new = load_weights(model, options.checkpoint)
+    elif pretrained and classes != _config(model)["num_classes"]:
+        new = tuple(n for n, _ in model.named_parameters() if n.startswith(_heads(model)))
+    with torch.no_grad():
+        for name in new:  # a head that knows nothing says nothing: timm's random one would have to be unlearned first
+            model.get_parameter(name).zero_()
+    return model, new
+
+
+def image_shape(model: nn.Module, options: FinetuneOptions) -> tuple[int, int, int]:
+    """(C, H, W) of the images that the run gives to the model."""
+    channels, height, width = resolve_data_config({}, model=model)["input_size"]
+    return (channels, height, width) if options.image_size is None else (channels, options.image_size, options.image_size)
+
+
+def load_weights(model: nn.Module, file: Path) -> tuple[str, ...]:
+    """Read timm weights from a file into the model; the names of the head's parameters that it has not, or of another size.
+
+    Only tensors are read: no code that a file may hold is run.
+
+    Raises:
+        InputError: there is no such file, it holds no weights, or not this model's.
+    """
+    if not file.is_file():
+        raise InputError(f"{file}: there is no such file; give timm weights, .safetensors or a state dict written by torch.save.")
+    try:
+        found = load_state_dict(str(file), weights_only=True)
+        adapt = getattr(inspect.getmodule(type(model)), "checkpoint_filter_fn", None)
+        found = adapt(found, model) if adapt else found  # timm's own: position embeddings for another size of image
+        tensors = {name: t for name, t in found.items() if isinstance(t, torch.Tensor)}
+    except Exception as error:  # each format has errors of its own
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"{file}: cannot be read as weights: {first}; give .safetensors or a state dict written by torch.save."
+        ) from error
+    own = model.state_dict()
+    heads = _heads(model)
+    of_head = tuple(n for n in own if n.startswith(heads) and (n not in tensors or tensors[n].shape != own[n].shape))
+    missing = [name for name in own if name not in tensors and name not in of_head]
+    strange = [name for name in tensors if name not in own and not name.startswith(heads)]
+    sizes = [n for n, t in tensors.items() if n in own and t.shape != own[n].shape and n not in of_head]
+    for kind, names in (("lacks", missing), ("also has", strange), ("has in another size", sizes)):
+        if names:
+            raise InputError(
+                f"{file}: the weights of another model: {kind} {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}; "
+                "give weights of the model that is tuned."
+            )
+    model.load_state_dict({n: t for n, t in tensors.items() if n in own and n not in of_head}, strict=False)
+    return of_head
+
+
+def _config(model: nn.Module) -> Any:
+    return model.pretrained_cfg
+
+
+def _heads(model: nn.Module) -> tuple[str, ...]:
+    classifier = _config(model)["classifier"]
+    return tuple(f"{name}." for name in ((classifier,) if isinstance(classifier, str) else classifier or ()))

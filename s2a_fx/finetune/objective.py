@@ -1,0 +1,32 @@
+"""Loss and optimizer, timm's and torch's own."""
+
+from collections.abc import Iterable
+
+import torch
+from timm.loss import SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2
+from torch import nn
+
+from s2a_fx.errors import InputError
+from s2a_fx.finetune.options import FinetuneOptions
+
+
+def make_loss(options: FinetuneOptions) -> nn.Module:
+    """Cross-entropy; of the soft targets that mixup makes, in which the labels are smoothed already."""
+    return (
+        SoftTargetCrossEntropy()
+        if options.mixup or options.cutmix
+        else nn.CrossEntropyLoss(label_smoothing=options.label_smoothing)
+    )
+
+
+def make_optimizer(model_or_parameters: nn.Module | Iterable[nn.Parameter], options: FinetuneOptions) -> torch.optim.Optimizer:
+    """timm's optimizer of the options' name, over what trains; biases and norms do not decay.
+
+    Raises:
+        InputError: timm knows none of this name.
+    """
+    try:
+        return create_optimizer_v2(model_or_parameters, options.optimizer, options.lr, options.weight_decay)  # type: ignore[arg-type]
+    except (AssertionError, ValueError) as error:
+        raise InputError(f"optimizer: timm refuses {options.optimizer!r}: {error}; give adamw, sgd, lion, ...") from error

@@ -1,0 +1,104 @@
+"""What cannot be asked for is told in one line, before anything is written."""
+
+import shutil
+
+import pytest
+import torch
+from colours import small_run, write_colours
+
+from s2a_fx.cli import main
+from s2a_fx.errors import S2AError
+from s2a_fx.finetune import FinetuneOptions, finetune
+from s2a_fx.zoo import create_model
+
+
+def _refused(options, told):
+    with pytest.raises(S2AError, match=told) as error:
+        finetune(options)
+    assert "\n" not in str(error.value)
+    assert not options.folder.exists()
+
+
+def test_data(tmp_path):
+    data = tmp_path / "data"
+    _refused(small_run(data, tmp_path / "run"), "there is no such folder")
+    data.mkdir()
+    _refused(small_run(data, tmp_path / "run"), "cannot be opened: Found 0 images|no folder for the split")
+    write_colours(data, 4, 2)
+    shutil.rmtree(data / "val")
+    _refused(small_run(data, tmp_path / "run"), "no folder for the split 'validation'")
+    shutil.copytree(data / "train", data / "val")
+    _refused(small_run(data, tmp_path / "run", batch_size=32), "12 training images do not fill one step")
+    (data / "val" / "red").rename(data / "val" / "pink")
+    _refused(small_run(data, tmp_path / "run"), "pink: in the split 'validation' and not in 'train'")
+    for split in ("train", "val"):
+        shutil.rmtree(data / split)
+        (data / split / "red").mkdir(parents=True)
+        _black_image(data / split / "red")
+    _refused(small_run(data, tmp_path / "run"), "got 1 class, wanted two at least")
+
+
+def _black_image(folder):
+    from PIL import Image
+
+    Image.new("RGB", (8, 8)).save(folder / "0.png")
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"model": "vit_tini_patch16_224"}, "unknown model.*vit_tiny_patch16_224"),
+        ({"recipe": "s3a"}, "unknown recipe 's3a'"),
+        ({"optimizer": "adamv"}, "optimizer: timm refuses 'adamv'"),
+        ({"augment": "nonsense"}, "augment: timm refuses 'nonsense'"),
+        ({"num_classes": 2}, "got 3 classes, wanted no more than the 2"),
+        ({"device": "cuda:99"}, "device: 'cuda:99' cannot be used"),
+        ({"resume": True}, "no checkpoint to resume from"),
+        ({"memory": 1000}, "does not fit"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_option(changes, told, colours, tmp_path):
+    _refused(small_run(colours, tmp_path / "run", **changes), told)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"epochs": 0}, {"lr": 0.0}, {"label_smoothing": 1.0}, {"amp": "int8"}, {"warmup_epochs": 80},
+        {"batch_size": 3, "mixup": 0.1}, {"workers": -1}, {"parallel": "tp"}, {"pretrained": True, "checkpoint": "file"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_value(changes, tmp_path):
+    with pytest.raises(S2AError, match=f"{next(iter(changes))}.*got"):
+        FinetuneOptions("vit_tiny_patch16_224", tmp_path, **changes)
+
+
+def test_weights_of_another_model(colours, tmp_path):
+    file = tmp_path / "weights.pt"
+    _refused(small_run(colours, tmp_path / "run", checkpoint=file), "there is no such file")
+    file.write_bytes(b"not weights")
+    _refused(small_run(colours, tmp_path / "run", checkpoint=file), "cannot be read as weights")
+    torch.save(create_model("resnet10t").state_dict(), file)
+    _refused(small_run(colours, tmp_path / "run", checkpoint=file), "the weights of another model: lacks")
+
+
+def test_a_file_that_would_run_code_is_refused(colours, tmp_path):
+    file = tmp_path / "weights.pt"
+    torch.save({"state_dict": shutil.rmtree}, file)
+    _refused(small_run(colours, tmp_path / "run", checkpoint=file), "cannot be read as weights")
+
+
+def test_a_head_of_another_size_begins_at_zero_and_is_said(colours, tmp_path):
+    options = small_run(colours, tmp_path / "run", epochs=1, recipe="linear", checkpoint=tmp_path / "weights.pt")
+    model = create_model(options.model, image_size=32, num_classes=7, **options.model_options)
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    lines = []
+    finetune(options, lines.append)
+    assert any("head.weight, head.bias" in line and "begin at zero" in line for line in lines)
+
+
+def test_command_line_tells_it_on_one_line_and_exits_with_2(tmp_path, capsys):
+    assert main(["finetune", "vit_tiny_patch16_224", str(tmp_path / "none")]) == 2
+    assert capsys.readouterr().err.startswith("s2a-fx: error: ")

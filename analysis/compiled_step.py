@@ -40,7 +40,7 @@ def simulate_compiled(
     """
     mode = fake_mode()
     with device.functions():
-        plan = partition(gm, mode, batch_size)
+        plan = partition(gm, mode, loss or default_loss, batch_size)
     trained = [p for p in plan.model.parameters() if p.requires_grad]
     ledger = Ledger(device)
     with mode:

@@ -5,7 +5,6 @@ machine code, nothing is allocated. `activation_memory_budget` and every other s
 """
 
 import copy
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from s2a_fx.analysis.fake import fake_tensor, traced_inputs
-from s2a_fx.analysis.loss import default_loss
-from s2a_fx.analysis.provenance import module_path
+from s2a_fx.analysis.provenance import module_path, plain_path
 from s2a_fx.analysis.simulation import run_backward
 from s2a_fx.errors import InputError
 
@@ -50,11 +48,13 @@ class Partition:
     backward: fx.GraphModule | None
 
 
-def partition(gm: fx.GraphModule, mode: FakeTensorMode, batch_size: int | None = None) -> Partition:
-    """Compile `gm` for training on fake tensors of `mode`, as `torch.compile(gm, fullgraph=True)` would.
+def partition(
+    gm: fx.GraphModule, mode: FakeTensorMode, loss: Callable[[Any], torch.Tensor], batch_size: int | None = None
+) -> Partition:
+    """Compile `gm` for training by `loss` on fake tensors of `mode`, as `torch.compile(gm, fullgraph=True)` would.
 
     Raises:
-        InputError: the model does not compile as one graph.
+        InputError: the model does not compile as one graph, or returns what a compiled step cannot be told apart by.
     """
     memo: dict[int, Any] = {id(t): fake_tensor(t, mode) for t in [*gm.parameters(), *gm.buffers()]}
     model = copy.deepcopy(gm, memo)
@@ -66,9 +66,10 @@ def partition(gm: fx.GraphModule, mode: FakeTensorMode, batch_size: int | None =
         except torch._dynamo.exc.TorchDynamoException as error:
             reason = str(error).strip().splitlines()[0]
             raise InputError(f"torch.compile does not take this model as one graph: {reason}; use mode='eager'.") from error
-        loss = default_loss(output)
-        if loss.requires_grad:  # the backward is compiled when it is first run
-            run_backward(loss)
+        _check_outputs(output, recorder)
+        value = loss(output)
+        if value.requires_grad:  # the backward is compiled when it is first run
+            run_backward(value)
     for parameter in model.parameters():
         parameter.grad = None
     _restore_provenance(recorder.forward)
@@ -114,6 +115,18 @@ class _Recorder:
         return make_boxed_func(run)
 
 
+def _check_outputs(output: Any, recorder: _Recorder) -> None:
+    leaves = tree_flatten(output)[0]
+    distinct = len({id(leaf) for leaf in leaves}) == recorder.results.stop - recorder.results.start == len(leaves)
+    alike = len({isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in leaves}) == 1
+    views = any(isinstance(leaf, torch.Tensor) and leaf._base is not None for leaf in leaves)
+    if not distinct or not alike or views:
+        raise InputError(
+            f"mode='compile' tells of models that return tensors, each once, none a view of another, all or none with a gradient; "
+            f"got {type(output).__name__} of {len(leaves)}. Wrap the model so that it returns what the loss needs, or use 'eager'."
+        )
+
+
 def _restorer(output: Any) -> Callable[[Sequence[Any]], Any]:
     """From a list of tensors to the structure of `output`."""
     structure = tree_flatten(output)[1]
@@ -127,11 +140,3 @@ def _restore_provenance(graph: fx.GraphModule) -> None:
         if stack:
             path = plain_path(module_path(node))
             node.meta["nn_module_stack"] = {path: (path, list(stack.values())[-1][1])}
-
-
-def plain_path(expression: str) -> str:
-    """`getattr(L['self'].blocks, '0').norm1` -> `blocks.0.norm1`; of a part that is recomputed, the path of the original module."""
-    inner = re.compile(r"getattr\(([^()]*), '([^']*)'\)")
-    while inner.search(expression):
-        expression = inner.sub(r"\1.\2", expression)
-    return expression.removeprefix("L['self']").lstrip(".").rpartition(".body.")[2]

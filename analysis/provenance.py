@@ -1,6 +1,12 @@
 """Which module a node comes from."""
 
+import re
+
 from torch import fx, nn
+
+_READ = re.compile(r"getattr\(([^()]*), '([^']*)'\)")
+_BODY = re.compile(r".*\.(?:recomputed_branch|coded_input|checkpointed)(?:_\d+)?\.(?:backward_)?body\.")
+"""The path of a part that is computed again, up to where the original model's own paths begin."""
 
 
 def module_stack(node: fx.Node) -> list[tuple[str, type[nn.Module] | str]]:
@@ -22,3 +28,10 @@ def owner_path(node: fx.Node) -> str:
     if node.op == "call_module" and stack and stack[-1][0] == node.target:
         stack = stack[:-1]
     return stack[-1][0] if stack else ""
+
+
+def plain_path(expression: str) -> str:
+    """`getattr(L['self'].blocks, '0').norm1` -> `blocks.0.norm1`; of a part that is recomputed, the path of the original module."""
+    while _READ.search(expression):
+        expression = _READ.sub(r"\1.\2", expression)
+    return _BODY.sub("", expression.removeprefix("L['self']").lstrip("."))

@@ -89,8 +89,11 @@ def compare(
     for recipe in recipes:
         resolve(recipe)  # an unknown name is told before the work begins
     device_model(device)
+    modes = [modes] if isinstance(modes, str) else list(modes)
     for mode in modes:
         _check_mode(mode)
+    if not modes or len(set(modes)) < len(modes):
+        raise InputError(f"modes: got {', '.join(modes) or 'none'}, wanted at least one of {', '.join(MODES)}, each once.")
     gm = trace(model, example_inputs)
     inputs = traced_inputs(gm)
     called = name or type(model).__name__

@@ -5,18 +5,21 @@
 What trains is what has `requires_grad`: freeze the model's weights, or tune it by PEFT or anything else, before it is compiled.
 """
 
+import copy
 import types
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import fx
+from torch._dynamo import lookup_backend
 
-from s2a_fx.dynamo_graph import raised
+from s2a_fx.dynamo_graph import State, Unraisable, raised
 from s2a_fx.errors import InputError
 from s2a_fx.nn.recompute import Recomputed
 from s2a_fx.passes import CompressActivations
-from s2a_fx.recipes import COMPRESS, GraphPass
+from s2a_fx.recipes import COMPRESS, GraphPass, resolve
 
 INNER = ("inductor", "aot_eager", "eager")
 _OPTIONS = ("bits", "inner", "passes")
@@ -25,27 +28,56 @@ _OPTIONS = ("bits", "inner", "passes")
 def s2a(graph_module: fx.GraphModule, example_inputs: Sequence[Any], **settings: Any) -> Callable[..., Any]:
     """The backend: keeps in a few bits what autograd would keep of Dynamo's graph, and compiles the rest by `inner`.
 
+    A graph that writes in place to what is read under another name (a view, an input) goes to `inner` as it is, with a warning:
+    what the passes move must not depend on the order of writes.
+
     Options:
-        bits: of activations, norms and attention, 1 to 8; left out, 4.
-        passes: a tuple of passes to apply in the place of the compression passes.
+        bits: of activations, norms and attention, 1 to 8; left out, 4. Narrow branches are recomputed from 6 bits of their norm.
+        passes: a tuple of passes, or a recipe's name, in the place of the compression passes.
         inner: `inductor` (left out), `aot_eager` or `eager`.
+        mode: torch.compile's own `mode`, for `inductor`.
 
     Raises:
         InputError: an option is unknown or does not fit.
     """
-    options = dict(settings.get("options") or {})
+    options = dict(settings.pop("options", None) or {})
+    mode = settings.pop("mode", None)
     passes, inner = _passes(options), options.get("inner", "inductor")
-    if inner not in INNER:
-        raise InputError(f"backend s2a: got inner={inner!r}, wanted one of {', '.join(INNER)}.")
-    gm, state = raised(graph_module, example_inputs)
+    if inner not in INNER or settings or (mode and inner != "inductor"):
+        got = ", ".join(f"{k}={v!r}" for k, v in {"inner": inner, "mode": mode, **settings}.items() if v)
+        raise InputError(f"backend s2a: got {got}, wanted inner to be one of {', '.join(INNER)}, and mode with inductor alone.")
+    try:
+        gm, state = raised(graph_module, example_inputs)
+    except Unraisable as reason:
+        warnings.warn(f"backend s2a: {reason}; this graph is compiled as it is, and keeps what autograd keeps.", stacklevel=2)
+        return lookup_backend(inner)(graph_module, list(example_inputs))  # type: ignore[no-any-return]
     if torch.is_grad_enabled():
         for graph_pass in passes:
             gm = graph_pass(gm).graph_module
     for module in gm.modules():
         if isinstance(module, Recomputed):
             module.run_at_once()
-    run = gm if inner == "eager" else torch.compile(_entry(gm), backend=inner, fullgraph=True)
+    if inner == "eager":
+        return _by_model(gm, state)
+    run = torch.compile(_entry(gm), backend=inner, fullgraph=True, mode=mode)
     return lambda *arguments: run(*state.bind(gm, arguments))
+
+
+def _by_model(gm: fx.GraphModule, state: State) -> Callable[..., Any]:
+    """A copy of `gm` for each set of parameters: what is computed again in the backward must find those of its forward.
+
+    Dynamo calls one graph for all blocks of a model that are compiled one by one.
+    """
+    copies: dict[tuple[int, ...], fx.GraphModule] = {}
+
+    def call(*arguments: Any) -> Any:
+        key = tuple(id(arguments[position]) for position, _ in state.attributes)
+        if key not in copies:
+            state.bind(gm, arguments)
+            copies[key] = copy.deepcopy(gm, {id(t): t for t in [*gm.parameters(), *gm.buffers()]})
+        return copies[key](*state.bind(copies[key], arguments))
+
+    return call
 
 
 def _entry(gm: fx.GraphModule) -> Callable[..., Any]:
@@ -61,8 +93,10 @@ def _passes(options: dict[str, Any]) -> tuple[GraphPass, ...]:
     unknown = [name for name in options if name not in _OPTIONS]
     if unknown:
         raise InputError(f"backend s2a: unknown option {', '.join(unknown)}; options are {', '.join(_OPTIONS)}.")
+    if "passes" in options and "bits" in options:
+        raise InputError("backend s2a: got bits and passes; give the bits to the passes.")
     if "passes" in options:
-        return tuple(options["passes"])
+        return resolve(options["passes"])
     bits = options.get("bits", 4)
     coded = CompressActivations(activation_bits=bits, norm_bits=bits, attention_bits=bits)
     return tuple(coded if isinstance(p, CompressActivations) else p for p in COMPRESS)

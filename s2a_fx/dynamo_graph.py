@@ -9,6 +9,8 @@
 `State` remembers which of the arguments became attributes, and binds those of each call.
 """
 
+import inspect
+import operator
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,15 +21,18 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from s2a_fx.analysis.flow import attribute
-from s2a_fx.analysis.partition import plain_path
-from s2a_fx.analysis.provenance import module_stack
+from s2a_fx.analysis.provenance import module_stack, plain_path
 from s2a_fx.analysis.shapes import propagate
-from s2a_fx.errors import InputError
 from s2a_fx.passes.base import replaced
 
+_IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
 _STATE = re.compile(r"_(?:modules|parameters|buffers)_")
 _CONVOLUTIONS = {torch.conv1d: nn.Conv1d, torch.conv2d: nn.Conv2d, torch.conv3d: nn.Conv3d}
 _BATCH_NORMS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
+
+
+class Unraisable(Exception):
+    """Dynamo's graph does what the passes have no form for; the message says what."""
 
 
 @dataclass(frozen=True)
@@ -57,17 +62,20 @@ def raised(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple
     """A copy of Dynamo's graph with attributes and modules, and how its arguments are bound to them.
 
     Raises:
-        InputError: the graph takes a number that is no size of its inputs.
+        Unraisable: the graph does what the passes cannot see the order of, or takes a number that is no size of its inputs.
     """
+    _check_writes(graph_module.graph)
     root = nn.Module()
     for name, child in graph_module.named_children():
         root.add_module(name, child)
     gm = fx.GraphModule(root, _copied(graph_module.graph))
     gm.train()
-    attributes, inputs, examples = [], [], []
+    attributes: list[tuple[int, str]] = []
+    inputs: list[tuple[int, tuple[int, ...]]] = []
+    examples = []
     placeholders = gm.graph.find_nodes(op="placeholder")
     for position, (node, example) in enumerate(zip(placeholders, example_inputs, strict=True)):
-        path = _path(str(node.target), example)
+        path = _path(str(node.target), example, {path for _, path in attributes})
         if isinstance(example, torch.SymInt):
             _read_size(gm, node, placeholders)
         elif path is not None:
@@ -83,10 +91,10 @@ def raised(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple
         stack = module_stack(node)
         if stack:
             node.meta["nn_module_stack"] = {plain_path(p): (plain_path(p), kind) for p, kind in stack}
-        if node.op == "call_function" and node.target in _RAISED:
-            _RAISED[node.target](gm, node)
-        elif node.op == "call_method" and re.fullmatch(r".*[^_]_", node.target):
+        if _written(node) is not None:
             _order_by_data(gm, node)
+        elif node.op == "call_function" and node.target in _RAISED:
+            _RAISED[node.target](gm, node)
     gm.recompile()
     propagate(gm, examples)
     return gm, State(tuple(attributes), tuple(inputs))
@@ -108,13 +116,14 @@ def _copied(graph: fx.Graph) -> fx.Graph:
     return copy
 
 
-def _path(target: str, example: Any) -> str | None:
-    """`L_self_modules_norm_parameters_weight_` -> `norm.weight`; None for what is not the model's."""
+def _path(target: str, example: Any, taken: set[str]) -> str | None:
+    """`L_self_modules_norm_parameters_weight_` -> `norm.weight`, below its owner if taken; None for what is not the model's."""
     if not isinstance(example, torch.Tensor):
         return None
-    _, *names = _STATE.split(target.removesuffix("_"))
+    owner, *names = _STATE.split(target.removesuffix("_"))
     if names:
-        return ".".join(names)
+        path = ".".join(names)
+        return f"{owner}.{path}" if path in taken else path
     return re.sub(r"\W", "_", target) if isinstance(example, nn.Parameter) else None
 
 
@@ -151,15 +160,50 @@ def _read_size(gm: fx.GraphModule, number: fx.Node, placeholders: list[fx.Node])
                 number.replace_all_uses_with(read)
                 gm.graph.erase_node(number)
                 return
-    raise InputError(f"backend s2a: {number.target} is a number that changes and no size of an input; pass it as a tensor.")
+    raise Unraisable(f"{number.target} is a number that changes, and no size of an input")
+
+
+def _check_writes(graph: fx.Graph) -> None:
+    """Raise if anything but a whole tensor that nobody sees through another is written to in place: passes keep no other order."""
+    seen_by: dict[int, set[fx.Node]] = {}
+    for node in graph.nodes:
+        value = node.meta.get("example_value")
+        if isinstance(value, torch.Tensor):
+            seen_by.setdefault(value.untyped_storage()._cdata, set()).add(node)
+    writers = {node: written for node in graph.nodes if (written := _written(node)) is not None}
+    for node, written in writers.items():
+        value = written.meta["example_value"]
+        others = seen_by.get(value.untyped_storage()._cdata, set()) - {*writers, *writers.values()}
+        ours = written.op == "placeholder" and not _STATE.search(str(written.target))
+        if others or ours or value._base is not None or node.target is operator.setitem:
+            raise Unraisable(f"{node.name} writes in place to what is read under another name")
+
+
+def _written(node: fx.Node) -> Any:
+    """The tensor node that a node writes to; None if it writes to none."""
+    if node.op == "call_method" and re.fullmatch(r".*[^_]_", str(node.target)):
+        return node.args[0]
+    if node.op != "call_function":
+        return None
+    name = getattr(node.target, "__name__", "")
+    if isinstance(node.kwargs.get("out"), fx.Node):
+        return node.kwargs["out"]
+    in_place = re.fullmatch(r".*[^_]_", name) or node.kwargs.get("inplace") or node.target in (*_IN_PLACE, operator.setitem)
+    return node.args[0] if in_place or _asks_for_in_place(node) else None
+
+
+def _asks_for_in_place(node: fx.Node) -> bool:
+    try:
+        return bool(inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments.get("inplace"))  # type: ignore[arg-type]
+    except (TypeError, ValueError):  # a builtin, which has no such argument
+        return False
 
 
 def _order_by_data(gm: fx.GraphModule, node: fx.Node) -> None:
     """Let what reads a tensor after it was written to in place read the writer: a pass sees what depends on what, and no order."""
-    written = node.args[0]
-    assert isinstance(written, fx.Node)
+    written = _written(node)
     if written.op == "get_attr":
-        replaced(gm, node, _InPlace(str(node.target)), tuple(node.args))
+        replaced(gm, node, _InPlace(node.target), tuple(node.args))
     else:
         written.replace_all_uses_with(node, delete_user_cb=lambda user: user > node)
 
@@ -169,12 +213,12 @@ class _InPlace(nn.Module):
 
     _is_impure = True  # as torch.fx asks before it eliminates dead code
 
-    def __init__(self, method: str) -> None:
+    def __init__(self, target: Any) -> None:
         super().__init__()
-        self.method = method
+        self.target = target
 
     def forward(self, written: torch.Tensor, *arguments: Any) -> Any:
-        return getattr(written, self.method)(*arguments)
+        return getattr(written, self.target)(*arguments) if isinstance(self.target, str) else self.target(written, *arguments)
 
 
 def _raise_linear(gm: fx.GraphModule, node: fx.Node) -> None:
@@ -200,21 +244,21 @@ def _raise_batch_norm(gm: fx.GraphModule, node: fx.Node) -> None:
     dimensions = node.meta["example_value"].ndim
     if not home or mean is None or not isinstance(momentum, float) or dimensions not in _BATCH_NORMS:
         return
-    for count in gm.graph.find_nodes(op="get_attr", target=f"{home}.num_batches_tracked"):  # the module counts
-        for adding in list(count.users):
-            gm.graph.erase_node(adding)
-        gm.graph.erase_node(count)
     width = len(attribute(gm, f"{home}.running_mean"))
     layer = _BATCH_NORMS[dimensions](width, eps, momentum, affine=weight is not None, device="meta")
-    _call_layer(gm, node, x, home, layer.train(training))
+    counts = [n for n in gm.graph.find_nodes(op="get_attr", target=f"{home}.num_batches_tracked") if n < node]
+    if _call_layer(gm, node, x, home, layer.train(training)) and counts and training:  # the module counts by itself
+        for adding in list(counts[-1].users):
+            gm.graph.erase_node(adding)
+        gm.graph.erase_node(counts[-1])
 
 
 def _raise_dropout(gm: fx.GraphModule, node: fx.Node) -> None:
-    x, p, training, inplace = _arguments(node, ("input", "p", "training", "inplace"), (0.5, True, False))
+    x, p, training, _ = _arguments(node, ("input", "p", "training", "inplace"), (0.5, True, False))
     if not p or not training:
         node.replace_all_uses_with(x)
         gm.graph.erase_node(node)
-    elif not inplace:
+    else:
         replaced(gm, node, nn.Dropout(p), (x,))
 
 
@@ -242,15 +286,19 @@ def _home(**tensors: Any) -> str | None:
     return home if own else None
 
 
-def _call_layer(gm: fx.GraphModule, node: fx.Node, x: fx.Node, home: str, layer: nn.Module) -> None:
-    """Replace `node` by a call of `layer`, which takes the place of the plain module at `home` and its tensors."""
+def _call_layer(gm: fx.GraphModule, node: fx.Node, x: fx.Node, home: str, layer: nn.Module) -> bool:
+    """Replace `node` by a call of `layer`, which takes the place of the plain module at `home` and its tensors.
+
+    Returns:
+        False, and nothing is changed, where a layer of other options, or one with layers of its own, stands there.
+    """
     holder = gm.get_submodule(home)
-    if type(holder) is nn.Module:
+    if type(holder) is nn.Module and not holder._modules:
         for owned, given in ((layer._parameters, holder._parameters), (layer._buffers, holder._buffers)):
             owned.update(dict.fromkeys(owned) | given)
         gm.set_submodule(home, layer)
-    elif type(holder) is not type(layer):
-        return
+    elif type(holder) is nn.Module or repr(holder) != repr(layer) or holder.training != layer.training:
+        return False
     read = [n for n in node.all_input_nodes if n is not x]
     with gm.graph.inserting_before(node):
         call = gm.graph.call_module(home, (x,))
@@ -259,3 +307,4 @@ def _call_layer(gm: fx.GraphModule, node: fx.Node, x: fx.Node, home: str, layer:
     gm.graph.erase_node(node)
     for tensor in read:
         gm.graph.erase_node(tensor)
+    return True

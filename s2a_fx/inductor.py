@@ -12,7 +12,9 @@ What is whose: `torch.autograd.graph.saved_tensors_hooks` is public; that AOTAut
 Inductor's `custom_partitioner_fn`, are not declared stable. A graph pass of Inductor's comes too early for this: which tensors are
 saved is decided by the partitioner. Both ask at the door whether this version of torch has what they need.
 
-A saved tensor is left as it is when it is small, is no floating tensor, is expanded, or is an input or output of the model.
+A saved tensor is left as it is when it is small, is no floating tensor, is expanded, or is an input or output of the model; by the
+partitioner also where its size is symbolic (the hooks code it). What holds infinities, such as an attention's own float mask,
+cannot be coded: its gradients become NaN; give a boolean mask.
 """
 
 import functools
@@ -43,12 +45,14 @@ class SavedCodec:
     """How a saved tensor is packed.
 
     Args:
-        bits: of an element, 1 to 8; a range for each 64 elements, in the order in which they lie in memory.
+        bits: of an element, 1 to 8; a range for each group, in the order in which they lie in memory.
+        group: elements that share a range.
         smallest: tensors of fewer bytes are left alone.
     """
 
     bits: int = 8
     smallest: int = 1 << 16
+    group: int = GROUP
 
     def __post_init__(self) -> None:
         Rows(self.bits)
@@ -59,7 +63,7 @@ class SavedCodec:
         """Whether coding `x` frees anything."""
         if not x.is_floating_point() or x.numel() * x.element_size() < self.smallest:
             return False
-        return x.numel() % GROUP == 0 and 0 not in x.stride()
+        return x.numel() % self.group == 0 and 0 not in x.stride()
 
     def pack(self, x: torch.Tensor) -> Packed:
         """(codes, ranges, shape in memory order, order, dtype), or (x,) where it is left alone."""
@@ -67,7 +71,7 @@ class SavedCodec:
             return (x,)
         order = _memory_order(x)
         in_memory = x.permute(order)
-        return (*Rows(self.bits).encode(in_memory.reshape(-1, GROUP)), list(in_memory.shape), order, x.dtype)
+        return (*Rows(self.bits).encode(in_memory.reshape(-1, self.group)), list(in_memory.shape), order, x.dtype)
 
     def unpack(self, packed: Packed) -> torch.Tensor:
         """The tensor that `pack` was given, to within half a step."""
@@ -87,14 +91,16 @@ def _memory_order(x: torch.Tensor) -> list[int]:
 def saved_tensor_hooks(bits: int = 8, smallest: int = 1 << 16) -> torch.autograd.graph.saved_tensors_hooks:
     """A context in which compiled code keeps what it saves in `bits` an element: see `SavedCodec`.
 
-    The code is compiled inside the context at its first call: AOTAutograd makes the hooks part of the forward and backward graphs.
+    AOTAutograd makes the hooks part of the forward and backward graphs of what is called inside; other options, or none, are
+    another compilation.
+
     Outside of compiled code they work too, operator by operator, on weights as well: there `transform` keeps less.
 
     Raises:
         InputError: an option does not fit, or this torch does not inline hooks.
     """
     codec = SavedCodec(bits, smallest)
-    _require(hasattr(torch._functorch._aot_autograd.utils, "saved_tensors_hooks_are_inlineable"), "inlined hooks")
+    _require(hasattr(getattr(torch._functorch._aot_autograd, "utils", None), "saved_tensors_hooks_are_inlineable"), "inlined hooks")
     return torch.autograd.graph.saved_tensors_hooks(*_graphs(codec))
 
 
@@ -140,7 +146,7 @@ class CodingPartitioner(CustomPartitionerFn):
                 kept += self._code(forward.graph, backward.graph, node, readers[node.name])
             else:
                 kept.append(node)
-        forward.graph.output_node().args = ((*own, *_sizes_last(kept)),)
+        forward.graph.output_node().args = ((*own, *kept),)
         for graph in (forward, backward):
             graph.graph.lint()
             graph.recompile()
@@ -149,7 +155,9 @@ class CodingPartitioner(CustomPartitionerFn):
     def uuid(self) -> Any:
         """What this partitioner does, options included: a cached graph of another one is none of this one's."""
         assert get_hash_for_files is not None
-        files = tuple(str(Path(__file__).parent / name) for name in ("inductor.py", "codecs/rows.py", "codecs/packing.py"))
+        files = tuple(
+            str(Path(__file__).parent / name) for name in ("inductor.py", "codecs/rows.py", "codecs/packing.py", "fusion.py")
+        )
         return get_hash_for_files(files, repr(self.codec)), torch.__version__
 
     def _code(self, forward: fx.Graph, backward: fx.Graph, node: fx.Node, reader: fx.Node) -> list[fx.Node]:
@@ -185,11 +193,6 @@ def _spliced(graph: fx.Graph, part: fx.Graph, arguments: list[fx.Node], before: 
 
 def _is_static(value: torch.Tensor) -> bool:
     return all(isinstance(size, int) for size in (*value.shape, *value.stride()))
-
-
-def _sizes_last(kept: list[Any]) -> list[Any]:
-    """Tensors before symbolic sizes, as AOTAutograd wants what is saved."""
-    return sorted(kept, key=lambda node: not isinstance(node.meta["val"], torch.Tensor))
 
 
 def _require(present: bool, what: str) -> None:

@@ -115,6 +115,15 @@ def test_wrong_options_are_told(options):
         saved_tensor_hooks(**options)
 
 
+def test_an_older_torch_is_told(monkeypatch):
+    monkeypatch.setattr("s2a_fx.inductor.get_hash_for_files", None)
+    with pytest.raises(InputError, match="has no custom_partitioner_fn: take torch"):
+        CodingPartitioner()
+    monkeypatch.delattr("torch._functorch._aot_autograd.utils.saved_tensors_hooks_are_inlineable")
+    with pytest.raises(InputError, match="has no inlined hooks: take torch"):
+        saved_tensor_hooks()
+
+
 STEP = """
 import sys, torch
 from torch import nn

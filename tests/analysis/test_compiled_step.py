@@ -6,7 +6,7 @@ from saved_bytes import Kept
 from small_models import small_model
 
 import s2a_fx
-from s2a_fx.analysis.partition import plain_path
+from s2a_fx.analysis.provenance import plain_path
 
 
 def kept_by_inductor(gm, x):
@@ -70,3 +70,33 @@ def test_paths_are_the_models_own():
     assert plain_path("getattr(getattr(L['self'].stages, '0').blocks, '1').norm") == "stages.0.blocks.1.norm"
     assert plain_path("L['self'].blocks.0.norm1.recomputed_branch.body.blocks.0.attn.qkv") == "blocks.0.attn.qkv"
     assert plain_path("stem.1") == "stem.1"
+    assert plain_path("L['self'].backbone.body.layer1.conv1") == "backbone.body.layer1.conv1"
+
+
+class Pair(torch.nn.Module):
+    def __init__(self, give):
+        super().__init__()
+        self.layer, self.give = torch.nn.Linear(8, 8), give
+
+    def forward(self, x):
+        return self.give(torch.relu(self.layer(x)))
+
+
+def test_several_outputs_are_told_apart():
+    gm = Pair(lambda y: {"a": y * 2, "b": y.sin()})
+    x = torch.randn(4, 8)
+    report = s2a_fx.analyze(gm, x, mode="compile", loss=lambda out: out["a"].sum() + out["b"].mean())
+    assert report.peak.of("gradient") <= 4 * report.trainable_parameters
+    assert report.saved_bytes > 0
+
+
+@pytest.mark.parametrize("give", [lambda y: (y, y), lambda y: (y, y.view(-1)), lambda y: (y.detach() * 2, y)])
+def test_outputs_that_are_not_distinct_are_refused(give):
+    with pytest.raises(s2a_fx.InputError, match="each once"):
+        s2a_fx.analyze(Pair(give), torch.randn(4, 8), mode="compile", loss=lambda out: out[-1].sum())
+
+
+@pytest.mark.parametrize("modes", [(), "compiled", ("eager", "eager")])
+def test_modes_are_checked_at_the_door(modes):
+    with pytest.raises(s2a_fx.InputError, match="mode"):
+        s2a_fx.compare(torch.nn.Linear(8, 8), torch.randn(4, 8), ["full"], modes=modes)

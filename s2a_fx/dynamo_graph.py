@@ -23,7 +23,7 @@ from torch import fx, nn
 from s2a_fx.analysis.flow import attribute
 from s2a_fx.analysis.provenance import module_stack, plain_path
 from s2a_fx.analysis.shapes import propagate
-from s2a_fx.passes.base import replaced
+from s2a_fx.passes.base import free_path, replaced
 
 _IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
 _STATE = re.compile(r"_(?:modules|parameters|buffers)_")
@@ -203,7 +203,7 @@ def _order_by_data(gm: fx.GraphModule, node: fx.Node) -> None:
     """Let what reads a tensor after it was written to in place read the writer: a pass sees what depends on what, and no order."""
     written = _written(node)
     if written.op == "get_attr":
-        replaced(gm, node, _InPlace(node.target), tuple(node.args))
+        replaced(gm, node, _InPlace(node.target), tuple(node.args), free_path(gm, "", "in_place"))
     else:
         written.replace_all_uses_with(node, delete_user_cb=lambda user: user > node)
 

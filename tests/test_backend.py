@@ -15,6 +15,7 @@ from s2a_fx.analysis.measure import measure_saved_bytes
 from s2a_fx.passes import CompressActivations, FuseAttention, RecomputeBranches
 
 EVERYTHING = (FuseAttention(), CompressActivations(smallest=0))
+FAMILIES = ["vit", "resnet", pytest.param("swin", marks=pytest.mark.slow), pytest.param("convnext", marks=pytest.mark.slow)]
 INNER = ["aot_eager", pytest.param("eager", marks=pytest.mark.slow), pytest.param("inductor", marks=pytest.mark.slow)]
 
 
@@ -39,6 +40,7 @@ def gradients(module, model, x):
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("inner", INNER)
 def test_losses_and_saved_bytes_are_those_of_the_eager_passes(family, inner):
     model, x = tuned(family)

@@ -58,8 +58,9 @@ def test_one_more_graph_serves_every_batch(vit):
     assert not counters["graph_break"]
 
 
-def test_autocast_is_seen(family):
-    model, x = small_model(family)
+@pytest.mark.parametrize("name", ["vit", "resnet"])
+def test_autocast_is_seen(name):
+    model, x = small_model(name)
     gm = s2a_fx.transform(model, x, "s2a")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         exact = gm(x)

@@ -31,7 +31,7 @@ def test_predicted_bytes_equal_bytes_held_by_autograd(family, recipe):
     assert s2a_fx.analyze(gm, x).saved_bytes == measure_saved_bytes(gm, (x,))
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", ["s2a", *(pytest.param(r, marks=pytest.mark.slow) for r in RECIPES if r != "s2a")])
 @pytest.mark.parametrize("name", FURTHER)
 def test_predicted_bytes_equal_bytes_held_by_autograd_in_further_families(name, recipe):
     model = timm.create_model(name, num_classes=5, **FURTHER[name]).train()

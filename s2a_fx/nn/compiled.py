@@ -67,7 +67,8 @@ class DecodedRows(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, codes: torch.Tensor, ranges: torch.Tensor, bits: int, channels_last: bool
     ) -> torch.Tensor:
-        return flat.restore(Rows(bits).decode((codes, ranges)), x.shape, channels_last).to(x.dtype)
+        decoded = flat.restore(Rows(bits).decode((codes, ranges)), x.shape, channels_last)
+        return decoded.to(x.dtype).view_as(x)  # reads x: Dynamo of torch 2.11 gives what is not read a gradient of zero
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:

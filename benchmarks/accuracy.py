@@ -7,8 +7,8 @@
    balanced accuracy is the share of images that are right. The validation images are the same in all runs and in no other part;
    training and test images are drawn anew by each seed, the same for every method.
 2. Every method gets the same images, epochs, flips and schedule (AdamW, warm-up and cosine, label smoothing, a head that begins at
-   zero), and its own learning rate: that which is best on the validation images with seed 0, the smaller of equals. Nothing is chosen
-   on test images.
+   zero), and its own learning rate: that which is best on the validation images with seed 0, the smaller of equals. Nothing is
+   chosen on test images.
 3. Time is that of the CPU in training steps, not of the clock: other work on the machine changes it less.
 
 Batch norms keep their statistics in all methods, as `s2a-fx finetune --freeze-batch-norm` has it.
@@ -16,7 +16,7 @@ Batch norms keep their statistics in all methods, as `s2a-fx finetune --freeze-b
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, median, stdev
@@ -37,6 +37,7 @@ from s2a_fx.finetune.objective import make_loss, make_optimizer, make_scheduler
 
 SEEDS = (0, 1, 2)
 ALL_IMAGES = 2624
+COMPARED = ("full", "bias+lrp+lsb")
 TUNED, ADDED, HEAD = (1e-3, 3e-3), (3e-4, 1e-3), (3e-3, 1e-2)
 
 
@@ -153,15 +154,21 @@ def flipped(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return images
 
 
-def build(model: str, method: str, example: torch.Tensor) -> tuple[nn.Module, list[nn.Module], nn.Module]:
-    """The module to train, its batch norms at rest, and timm's model that it was made of."""
+def start(model: str) -> nn.Module:
+    """timm's model with its real weights and a head of zeros."""
     original = PAIRINGS[model].build()
     for parameter in original.get_classifier().parameters():
         nn.init.zeros_(parameter)
+    return original
+
+
+def build(original: nn.Module, method: str, example: torch.Tensor) -> nn.Module:
+    """The module to train, its batch norms at rest."""
     norms = [path for path, module in original.named_modules() if isinstance(module, _BatchNorm)]
     gm = s2a_fx.transform(original, example, method).train()
-    resting = [gm.get_submodule(path).eval() for path in norms]
-    return gm, resting, original
+    for path in norms:
+        gm.get_submodule(path).eval()
+    return gm
 
 
 def train(model: str, method: str, lr: float, seed: int, setting: Setting, data: Data) -> Run:
@@ -177,7 +184,7 @@ def train(model: str, method: str, lr: float, seed: int, setting: Setting, data:
     )
     torch.manual_seed(seed)
     training, validation, test = split(data.labels, setting, seed)
-    gm, _, _ = build(model, method, data.images[: setting.batch_size])
+    gm = build(start(model), method, data.images[: setting.batch_size])
     optimizer, loss = make_optimizer(gm, options), make_loss(options)
     updates = len(training) // setting.batch_size
     scheduler = make_scheduler(optimizer, options, updates)
@@ -240,20 +247,21 @@ def work(file: Path, setting: Setting, models: list[str], shard: tuple[int, int]
             print(f"{model}, {method}: {refusal}", flush=True)
 
 
-def row(model: str, method: str, runs: list[Run], setting: Setting) -> Row:
-    """The row of a method; its memory is measured here."""
+def row(model: str, method: str, runs: list[Run], setting: Setting) -> Row | None:
+    """The row of a method, None if it was not run; its memory is measured here."""
     x = torch.randn(setting.batch_size, 3, real_data.SIDE, real_data.SIDE)
+    original = start(model)
+    size, head = (sum(p.numel() for p in m.parameters()) for m in (original, original.get_classifier()))
     try:
-        gm, _, original = build(model, method, x)
+        gm = build(original, method, x)
     except s2a_fx.S2AError as refusal:
         return Row(model, method, refused=str(refusal))
-    own = PAIRINGS[model].build()
-    size, head = (sum(p.numel() for p in m.parameters()) for m in (own, own.get_classifier()))
+    found, full = of_method(runs, model, method), of_method(runs, model, "full")
+    if not found or not full:
+        return None
     trained = sum(p.numel() for p in gm.parameters() if p.requires_grad)
     kept = measure_saved_bytes(gm, (x,))
     optimizer = torch.optim.AdamW([p for p in gm.parameters() if p.requires_grad])
-    found = of_method(runs, model, method)
-    full = of_method(runs, model, "full")
     best = best_rate(found)
     return Row(
         model=model,
@@ -269,51 +277,47 @@ def row(model: str, method: str, runs: list[Run], setting: Setting) -> Row:
 
 
 def table(rows: list[Row]) -> str:
-    """One model's methods; `against full` is the mean over seeds of the difference to `full` with the same seed."""
-    full = next(r for r in rows if r.method == "full")
-    lines = []
-    for r in rows:
-        if r.refused:
-            lines.append([r.method, "refused: " + r.refused])
-            continue
-        assert r.kept_bytes is not None and r.peak_bytes is not None
-        differences = [100 * (a - b) for a, b in zip(r.test, full.test, strict=False)]
-        lines.append(
-            [
-                r.method,
-                f"{100 * mean(r.test):.1f} ± {100 * _deviation(r.test):.1f}",
-                f"{mean(differences):+.1f} ± {_deviation(differences):.1f}",
-                f"{100 * mean(r.test) / mean(full.test):.1f}",
-                len(r.test),
-                f"{r.lr:g}",
-                f"{r.trained_percent:.2f}",
-                f"{r.trained_percent_without_head:.2f}",
-                f"{r.kept_bytes / 1e6:.1f}",
-                f"{r.peak_bytes / 1e6:.1f}",
-                f"{r.time_over_full:.2f}",
-            ]
-        )
-    headers = ["method", "balanced accuracy %", "against full", "% of full", "seeds", "lr", "trained %", "without head %"]
-    return tabulate(lines, [*headers, "kept MB", "peak MB", "time / full"], tablefmt="github", disable_numparse=True)
+    """The methods on one model; under `- NAME` the difference, in points, to the accuracy of NAME with the same seed."""
+    of = {r.method: r.test for r in rows}
+    return tabulate([_line(r, of) for r in rows], headers="keys", tablefmt="github", disable_numparse=True)
 
 
-def _deviation(values: Any) -> float:
-    return stdev(values) if len(values) > 1 else 0.0
+def _line(r: Row, of: dict[str, tuple[float, ...]]) -> dict[str, Any]:
+    if r.refused:
+        return {"method": r.method, "balanced accuracy %": f"refused: {r.refused}"}
+    assert r.kept_bytes is not None and r.peak_bytes is not None
+    return {
+        "method": r.method,
+        "balanced accuracy %": _points(r.test),
+        "of full %": f"{100 * mean(r.test) / mean(of['full']):.1f}",
+        **{f"- {name}": _points([a - b for a, b in zip(r.test, of[name], strict=False)]) for name in COMPARED if name in of},
+        "seeds": len(r.test),
+        "lr": f"{r.lr:g}",
+        "trained %": f"{r.trained_percent:.2f}",
+        "without head %": f"{r.trained_percent_without_head:.2f}",
+        "kept MB": f"{r.kept_bytes / 1e6:.1f}",
+        "peak MB": f"{r.peak_bytes / 1e6:.1f}",
+        "time / full": f"{r.time_over_full:.2f}",
+    }
+
+
+def _points(shares: Sequence[float]) -> str:
+    """Mean and deviation, in points of a hundred."""
+    return f"{100 * mean(shares):.2f} ± {100 * stdev(shares):.2f}" if len(shares) > 1 else f"{100 * shares[0]:.2f}"
 
 
 def summarize(file: Path, setting: Setting, models: list[str]) -> None:
     runs = read(file, setting)
-    rows = []
+    rows: list[Row] = []
     for model in models:
-        rates = PAIRINGS[model].rates
-        if not of_method(runs, model, "full"):
-            print(f"{model}: skipped, its full fine-tuning was not run")
-            continue
-        done = [m for m in rates if {r.seed for r in of_method(runs, model, m)} >= {SEEDS[0]} or not of_method(runs, model, m)]
-        own = [row(model, method, runs, setting) for method in done]
-        print(f"\n{model}\n\n{table(own)}\n")
-        rows += own
-    figures: dict[str, Any] = {"setting": asdict(setting), "rows": [asdict(r) for r in rows], "runs": [asdict(r) for r in runs]}
+        found = {method: row(model, method, runs, setting) for method in PAIRINGS[model].rates}
+        for method in (m for m, r in found.items() if r is None):
+            print(f"{model}, {method}: skipped, {file} has not its runs, or not those of full")
+        own = [r for r in found.values() if r is not None]
+        if any(not r.refused for r in own):
+            print(f"\n{model}\n\n{table(own)}\n")
+            rows += own
+    figures = {"setting": asdict(setting), "rows": [asdict(r) for r in rows], "runs": [asdict(r) for r in runs]}
     print(record.write("accuracy", figures))
 
 

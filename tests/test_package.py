@@ -15,6 +15,7 @@ ORDER = [
     "errors",
     "version",
     "origin",
+    "whole_file",
     "task_file",
     "fusion",
     "codecs",

@@ -1,12 +1,11 @@
 """What no form of its own serves: kept as its coded inputs, and computed again in the backward; the side branch's blocks whole."""
 
-import operator
 from collections.abc import Sequence
 
 import torch
 from torch import fx, nn
 
-from s2a_fx.analysis.flow import dependent_nodes
+from s2a_fx.analysis.flow import IN_PLACE, dependent_nodes
 from s2a_fx.analysis.normalized_branches import runs_once
 from s2a_fx.analysis.provenance import module_stack, owner_path
 from s2a_fx.nn.coded_input import WHOLE, CodedInput, Parts
@@ -14,8 +13,6 @@ from s2a_fx.nn.ghost import can_be_ghost
 from s2a_fx.nn.lite_side_branch import LiteSideBlock
 from s2a_fx.passes.base import call_inserted, free_path, snake_case
 from s2a_fx.passes.subgraphs import lifted
-
-_IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
 
 
 def serves_input(gm: fx.GraphModule, node: fx.Node) -> bool:
@@ -30,7 +27,7 @@ def serves_input(gm: fx.GraphModule, node: fx.Node) -> bool:
         modules = gm.get_submodule(str(node.target)).modules()
         return not any(runs_once(m) or _is_coded(m) or getattr(m, "inplace", False) for m in modules)
     name = getattr(node.target, "__name__", str(node.target)).split(".")[0]
-    in_place = name.endswith("_") or node.target in _IN_PLACE or bool(node.kwargs.get("inplace"))
+    in_place = name.endswith("_") or node.target in IN_PLACE or bool(node.kwargs.get("inplace"))
     return node.op in ("call_function", "call_method") and "batch_norm" not in name and not in_place
 
 

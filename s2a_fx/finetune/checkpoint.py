@@ -7,7 +7,6 @@ instead of 350, and can be written every few steps. Generators have no state to 
 Files are written whole or not at all, and read as tensors, numbers and strings: no code that a file may hold is run.
 """
 
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from s2a_fx.base_digests import persistent
 from s2a_fx.errors import InputError
 from s2a_fx.finetune.distributed import gathered, like_shards, spread
 from s2a_fx.finetune.evaluate import Accuracy
+from s2a_fx.whole_file import written_whole
 
 LAST, BEST, TASK = "last.pt", "best.pt", "task.safetensors"
 
@@ -125,16 +125,10 @@ def write(record: dict[str, Any], file: Path) -> None:
     part = file.with_name(f".{file.name}.part")  # of one name: what a killed run leaves is written over
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as stream:
+        with written_whole(file, part) as stream:
             torch.save(record, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        part.replace(file)
     except OSError as error:
         raise InputError(f"{file}: cannot be written: {error.strerror}.") from error
-    finally:
-        if part.exists():
-            part.unlink()
 
 
 def read(file: Path) -> dict[str, Any]:

@@ -3,7 +3,7 @@
     before  x_i = block_i(x_{i-1});  head(feature)
     after   y_i = PW(DW(PW(CAP(x_i) + y_{i-1})));  head(feature, pool(y_last))
 
-1. CAP shrinks a block's output C -> C / reduction without a parameter, and keeps nothing.
+1. CAP shrinks a block's output C -> C / reduction without a parameter, keeps nothing, and is brought to one scale in all blocks.
 2. Where stages change resolution or width, a 2x2 convolution of stride 2 carries y along.
 3. The head reads C + C / r features. The columns for the backbone's features are the old head's; the new ones start at 0, so that
    the logits are at first the model's own.
@@ -23,7 +23,7 @@ from s2a_fx.analysis.layout import Layout, layout_of
 from s2a_fx.analysis.notes import add_note
 from s2a_fx.errors import InputError, PassError
 from s2a_fx.nn.channel_average_pool import ChannelAveragePool
-from s2a_fx.nn.lite_side_branch import LiteSideBlock, SideTransition
+from s2a_fx.nn.lite_side_branch import LiteSideBlock, SideTransition, TapScale
 from s2a_fx.passes.base import Pass, a_weight, building_like, call_inserted, require_not_negative, require_positive
 from s2a_fx.passes.subgraphs import call_spliced
 
@@ -93,6 +93,8 @@ class AttachSideBranch(Pass):
             with gm.graph.inserting_after(output):
                 pool = ChannelAveragePool(path, layout.order, grid, layout.prefix, self.reduction)
                 node = call_inserted(gm, f"{name}.pool", pool, (output,))
+            with gm.graph.inserting_after(node):
+                node = call_inserted(gm, f"{name}.scale", TapScale(), (node,))
             if previous is not None:
                 if before != (channels, grid):
                     transition = SideTransition((before[0], channels), before[1], grid, **factory)

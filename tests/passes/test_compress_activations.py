@@ -20,6 +20,18 @@ def uncompressed(recipe):
     return tuple(p for p in s2a_fx.RECIPES[recipe] if not isinstance(p, CompressActivations | RecomputeBranches))
 
 
+def grown(model, x, recipe):
+    """The model with parts that a task has changed: as they begin, the side branch and the prompts have no gradient."""
+    torch.manual_seed(1)
+    gm = s2a_fx.transform(model, x, recipe)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in gm.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+    return gm
+
+
 def seeded(module, x):
     torch.manual_seed(1)
     with torch.enable_grad():
@@ -45,12 +57,12 @@ def test_predicted_bytes_equal_bytes_held_by_autograd_when_all_is_coded_and_trai
 @pytest.mark.parametrize(("family", "recipe"), TRAINED)
 def test_output_is_that_of_the_uncompressed_recipe_and_gradients_are_near(family, recipe):
     model, x = small_model(family)
-    gm, reference = (s2a_fx.transform(model, x, r) for r in (recipe, uncompressed(recipe)))
+    gm, reference = (grown(model, x, r) for r in (recipe, uncompressed(recipe)))
     y, exact = step(reference, x)
     output, actual = step(gm, x)
     assert torch.equal(output, y)
     joined = [{"all": torch.cat([g[n].flatten() for n in exact if n != "input"])} for g in (actual, exact)]
-    assert worst_cosine(*joined) > (0.95,)
+    assert worst_cosine(*joined) > (0.999,)
     assert torch.equal(gm.eval()(x), reference.eval()(x))
 
 

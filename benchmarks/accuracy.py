@@ -38,7 +38,7 @@ from s2a_fx.finetune.objective import make_loss, make_optimizer, make_scheduler
 SEEDS = (0, 1, 2)
 ALL_IMAGES = 2624
 COMPARED = ("full", "bias+lrp+lsb")
-TUNED, ADDED, HEAD = (1e-3, 3e-3), (3e-4, 1e-3), (3e-3, 1e-2)
+TUNED, ADDED, HEAD = (1e-3, 3e-3, 1e-2), (3e-4, 1e-3, 3e-3), (3e-3, 1e-2, 3e-2)
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ PAIRINGS = {
     "vit_small_patch14_dinov2": Pairing(
         real_data.vit_small,
         {
-            "full": (1e-5, 3e-5, 1e-4),
+            "full": (3e-6, 1e-5, 3e-5, 1e-4),
             "bias+lrp+lsb": TUNED,
             "s2a": TUNED,
             "linear": HEAD,
@@ -69,7 +69,7 @@ PAIRINGS = {
     ),
     "tf_efficientnet_lite0": Pairing(
         real_data.efficientnet_lite0,
-        {"full": ADDED, "bias+lrp+lsb": TUNED, "s2a": TUNED, "linear": HEAD, "s2a-max": TUNED, "bias": TUNED},
+        {"full": (1e-4, 3e-4, 1e-3), "bias+lrp+lsb": TUNED, "s2a": TUNED, "linear": HEAD, "s2a-max": TUNED, "bias": TUNED},
     ),
 }
 

@@ -87,10 +87,11 @@ class MemoryReport:
         return _folded_table(self.activations) if fold else _whole_table(self.activations)
 
     def totals(self) -> str:
-        """Saved bytes by operator, the largest first."""
+        """Saved bytes by operator, the largest first; those of less than a thousandth are left out."""
         by_op: Counter[str] = Counter()
         for row in self.activations:
             by_op[row.op] += row.bytes
+        by_op = Counter({op: size for op, size in by_op.items() if size >= self.saved_bytes / 1000})
         lines = [(op, _mb(size), f"{100 * size / max(self.saved_bytes, 1):.1f}") for op, size in by_op.most_common()]
         return tabulate(lines, ("op", "MB", "%"), disable_numparse=True, colalign=("left", "right", "right"))
 

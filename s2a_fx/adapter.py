@@ -21,13 +21,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import fx, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from s2a_fx import task_file
-from s2a_fx.base_digests import digests, fingerprint, persistent, require_values, whole
+from s2a_fx.base_digests import digests, fingerprint, persistent, require_values
 from s2a_fx.errors import AdapterError, InputError
 from s2a_fx.origin import Origin, origin_of
 from s2a_fx.recipes import recipe_called
+from s2a_fx.sharded import laid_out_like, whole
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 """Buffers that training changes, by the names that torch and timm give them."""
@@ -101,7 +102,7 @@ class TaskAdapter:
             self._check_tensor(gm, name, tensor, held[name])
         self._check_base(origin, {n: t for n, t in held.items() if n not in self.tensors})
         with torch.no_grad():
-            values = [(held[name], _like(held[name], tensor)) for name, tensor in self.tensors.items()]
+            values = [(held[name], laid_out_like(held[name], tensor)) for name, tensor in self.tensors.items()]
             for target, value in values:
                 target.copy_(value)
 
@@ -249,14 +250,6 @@ def _task(held: Mapping[str, torch.Tensor], trained: set[str]) -> dict[str, torc
         return name in trained if isinstance(tensor, nn.Parameter) else name.rpartition(".")[2] in _STATISTICS
 
     return {name: tensor for name, tensor in held.items() if belongs(name, tensor)}
-
-
-def _like(target: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """The value on the target's device, or spread as it is."""
-    if isinstance(target, DTensor):
-        mesh = target.device_mesh
-        return distribute_tensor(value.to(mesh.device_type), mesh, target.placements, src_data_rank=None)
-    return value.to(target.device)
 
 
 def _some(names: list[str]) -> str:

@@ -19,6 +19,7 @@ from torch import nn
 import s2a_fx
 from s2a_fx import base_digests, task_file
 from s2a_fx.passes import CompressActivations, FreezeWeights, InsertLowRankPrompt
+from s2a_fx.sharded import whole
 
 TINY = (FreezeWeights(keep=("bias", "head")),)
 
@@ -494,13 +495,13 @@ def test_parameters_spread_by_fsdp_are_gathered_and_spread_again(one_process, pa
     assert not any(isinstance(p, DTensor) for p in gm.parameters())  # after a forward they are whole, until the backward
     s2a_fx.save_adapter(gm, path)
     assert all(isinstance(p, DTensor) for p in gm.parameters())
-    whole = tiny()
-    s2a_fx.load_adapter(whole, path)  # a file knows nothing of processes
-    expected = values(whole)
+    alone = tiny()
+    s2a_fx.load_adapter(alone, path)  # a file knows nothing of processes
+    expected = values(alone)
     trained(gm, seed=4)
     s2a_fx.load_adapter(gm, path)
     assert all(isinstance(p, DTensor) for p in gm.parameters())
-    assert same({name: base_digests.whole(value) for name, value in gm.state_dict().items()}, expected)
+    assert same({name: whole(value) for name, value in gm.state_dict().items()}, expected)
     F.cross_entropy(gm(X), torch.tensor([0, 1])).backward()
 
 

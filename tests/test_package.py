@@ -16,6 +16,7 @@ ORDER = [
     "version",
     "origin",
     "whole_file",
+    "sharded",
     "task_file",
     "fusion",
     "codecs",

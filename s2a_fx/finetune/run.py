@@ -57,7 +57,7 @@ class FinetuneResult:
     @property
     def best(self) -> Epoch:
         """The epoch of the highest accuracy, the first of several."""
-        return max(self.epochs, key=lambda e: e.accuracy.top1)
+        return Position(self.epochs).best
 
 
 def finetune(options: FinetuneOptions, say: Say = lambda line: None) -> FinetuneResult:

@@ -17,9 +17,9 @@ from small_models import SMALL, small_model
 from torch import nn
 
 import s2a_fx
-from s2a_fx import base_digests, task_file
 from s2a_fx.passes import CompressActivations, FreezeWeights, InsertLowRankPrompt
 from s2a_fx.sharded import whole
+from s2a_fx.tasks import base_digests, task_file
 
 TINY = (FreezeWeights(keep=("bias", "head")),)
 

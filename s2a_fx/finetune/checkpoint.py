@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from s2a_fx.base_digests import persistent
 from s2a_fx.errors import InputError
 from s2a_fx.finetune.distributed import spread
 from s2a_fx.finetune.evaluate import Accuracy
 from s2a_fx.sharded import laid_out_like, whole
+from s2a_fx.tasks.base_digests import persistent
 from s2a_fx.whole_file import written_whole
 
 LAST, BEST, TASK = "last.pt", "best.pt", "task.safetensors"

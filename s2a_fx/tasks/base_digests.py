@@ -13,7 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from s2a_fx.errors import AdapterError
 from s2a_fx.sharded import whole
-from s2a_fx.task_file import bytes_of
+from s2a_fx.tasks.task_file import bytes_of
 
 _known: WeakIdKeyDictionary = WeakIdKeyDictionary()
 """Tensor -> the state it was in, and its digest then: a base with many tasks is read once, not at every change of the task."""

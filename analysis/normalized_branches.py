@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from s2a_fx.analysis.flow import attribute, dependent_nodes
-from s2a_fx.analysis.non_parametric import dropout_probability, non_parametric
+from s2a_fx.analysis.non_parametric import dropout_probability
 from s2a_fx.nn.ghost import can_be_ghost
+from s2a_fx.nn.random_numbers import may_draw
 from s2a_fx.nn.recomputed_branch import Norm
-from s2a_fx.nn.training_switch import TrainingSwitch
 
 _ADDS = (operator.add, operator.iadd, torch.add, "add", "add_")
 _VIEWS = ("view", "reshape", "permute", "transpose", "contiguous", "flatten", "unflatten", "squeeze", "unsqueeze")
@@ -112,7 +112,7 @@ def _branch(gm: fx.GraphModule, norm: fx.Node, order: dict[fx.Node, int], depend
         return None
     operands = tuple(dict.fromkeys(o for n in nodes for o in n.all_input_nodes if o not in inside))
     tail = _tail(gm, nodes, inside)
-    draws = any(_draws(gm, n) for n in nodes)
+    draws = any(may_draw(gm, n) for n in nodes)
     batch = next(n for n in gm.graph.nodes if n.op == "placeholder").meta["val"].shape[0]
     by_image = (
         norm.meta["val"].shape[0] == output.meta["val"].shape[0] == batch
@@ -265,21 +265,3 @@ def _mixes_images(gm: fx.GraphModule, node: fx.Node) -> bool:
 
 def _is_over_last(gm: fx.GraphModule, node: fx.Node) -> bool:
     return getattr(gm.get_submodule(str(node.target)), "dim", None) == -1
-
-
-def _draws(gm: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether the node may draw random numbers in train mode: then its parts would not draw what the whole draws."""
-    if node.op == "call_module":
-        probability = dropout_probability(gm, node)
-        if probability is not None:
-            return probability > 0
-        modules = list(gm.get_submodule(str(node.target)).modules())
-        return any(isinstance(m, TrainingSwitch) or _drops(m) for m in modules)
-    layer = non_parametric(gm, node)
-    if layer is not None and layer.kind == "attention":
-        return bool(layer.options["dropout_p"])
-    return "rand" in str(node.target) or bool(node.kwargs.get("dropout_p") or node.kwargs.get("p"))
-
-
-def _drops(module: nn.Module) -> bool:
-    return any(getattr(module, name, 0) for name in ("p", "drop_prob", "dropout"))

@@ -31,7 +31,8 @@ class Pass(abc.ABC):
         """Apply the pass to `graph_module`, in place.
 
         Raises:
-            PassError: the pass does not fit this graph; the message names the node and what to do.
+            PassError: the pass does not fit this graph; the message names the node and what to do. Some passes have edited a part
+                of the graph by then: `transform` works on a copy.
         """
         if any("val" not in node.meta for node in graph_module.graph.nodes):
             raise PassError(

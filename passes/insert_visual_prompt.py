@@ -24,7 +24,7 @@ from s2a_fx.analysis.blocks import Block, stages
 from s2a_fx.analysis.flow import dependent_nodes
 from s2a_fx.analysis.layout import Layout, layout_of
 from s2a_fx.analysis.non_parametric import non_parametric
-from s2a_fx.analysis.notes import add_note
+from s2a_fx.analysis.notes import Note, add_note
 from s2a_fx.analysis.provenance import module_stack, owner_path
 from s2a_fx.analysis.shapes import propagate
 from s2a_fx.errors import PassError
@@ -54,31 +54,58 @@ class InsertVisualPrompt(Pass):
         blocks = [block for stage in stages(gm)[self.skip :] for block in stage]
         if not blocks:
             raise PassError("InsertVisualPrompt: found no residual block in the stages that are not skipped; take another recipe.")
-        inserted = [
-            self._insert(gm, block) for block in reversed(blocks)
-        ]  # an earlier block's output is then still as it was found
-        return any(inserted)
+        found = [_place(gm, block) for block in reversed(blocks)]  # an earlier block's output is then still as it was found
+        places = [place for place in found if isinstance(place, _Place)]
+        for place in places:
+            self._check(gm, place)
+        for note in found:
+            if isinstance(note, Note):
+                add_note(gm, note.source, note.node, note.reason)
+        for place in places:
+            self._insert(gm, place)
+        return bool(places)
 
-    def _insert(self, gm: fx.GraphModule, block: Block) -> bool:
-        layout = layout_of(gm, block.entry)
-        windows = _windows(gm, block) if layout is not None and layout.order != "BNC" else None
-        if layout is None:
-            add_note(gm, "InsertVisualPrompt", block.entry.name, f"{block.path}: neither tokens nor a map with known channels")
-        elif layout.order == "BNC":
-            self._around_tokens(gm, block, layout)
-        elif windows is not None:
-            self._in_windows(gm, windows)
-        elif _attentions(gm, block):
-            add_note(gm, "InsertVisualPrompt", block.entry.name, f"{block.path}: its attention is over neither tokens nor windows")
-            return False
-        elif layout_of(gm, block.output) != layout:
-            add_note(gm, "InsertVisualPrompt", block.entry.name, f"{block.path}: changes the size of its map")
-            return False
+    def _check(self, gm: fx.GraphModule, place: "_Place") -> None:
+        """Raise `PassError` if the block does not run on more tokens; the graph is left as it is."""
+        wider = self._wider(place)
+        before = {node: node.meta["val"] for node in (*wider, *place.nodes)}
+        for node in place.nodes:
+            del node.meta["val"]
+        for node, padding in wider.items():
+            node.meta["val"] = F.pad(before[node], padding)
+        log = logging.getLogger("torch._subclasses.fake_tensor")  # it prints a traceback of its own
+        silent, log.disabled = log.disabled, True
+        try:
+            propagate(gm)
+        except Exception as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise PassError(
+                f"InsertVisualPrompt: {place.block.path} was built for its number of tokens and takes no more ({reason}); "
+                "take another recipe, such as bias+lrp."
+            ) from error
+        finally:
+            log.disabled = silent
+            for node, value in before.items():
+                node.meta["val"] = value
+
+    def _wider(self, place: "_Place") -> dict[fx.Node, tuple[int, ...]]:
+        """What becomes wider by prompts, and how much at which end, as `F.pad` takes it."""
+        if place.layout.order == "BNC":
+            return {place.block.entry: (0, 0, self.tokens, 0)}
+        if place.windows is not None:
+            biases = {bias: (self.tokens, 0, self.tokens, 0) for _, bias in place.windows.biases()}
+            return {place.windows.entry: (0, 0, self.tokens, 0), **biases}
+        return {place.block.entry: (1, 1, 1, 1) if place.layout.order == "BCHW" else (0, 0, 1, 1, 1, 1)}
+
+    def _insert(self, gm: fx.GraphModule, place: "_Place") -> None:
+        if place.layout.order == "BNC":
+            self._around_tokens(gm, place.block, place.layout)
+        elif place.windows is not None:
+            self._in_windows(gm, place.windows)
         else:
-            _around_map(gm, block, layout)
-        if layout is not None:
-            _recompute_shapes(gm, block)
-        return layout is not None
+            _around_map(gm, place.block, place.layout)
+        for node in place.nodes:
+            node.meta.pop("val", None)
 
     def _around_tokens(self, gm: fx.GraphModule, block: Block, layout: Layout) -> None:
         readers = [user for user in block.entry.users if user in block.nodes]
@@ -96,18 +123,15 @@ class InsertVisualPrompt(Pass):
         block.output.replace_all_uses_with(kept, delete_user_cb=lambda user: user not in new)
 
     def _in_windows(self, gm: fx.GraphModule, windows: "_Windows") -> None:
-        tokens, channels = windows.entry.meta["val"].shape[1:]
+        channels = windows.entry.meta["val"].shape[2]
         with building_like(a_weight(gm)) as factory:
             prompt = PromptTokens(self.tokens, channels, **factory)
         _read_through(gm, windows.path, prompt, windows.entry, windows.readers, inside=True)
-        for node in windows.nodes:
-            for bias in node.all_input_nodes if node.target in _ADDS or node is windows.map else ():
-                value = bias.meta.get("val")
-                if bias not in windows.dependent and isinstance(value, torch.Tensor) and value.shape[-2:] == (tokens, tokens):
-                    with gm.graph.inserting_before(node):  # prompts have no place: they are as near to one token as to another
-                        wider = gm.graph.call_function(F.pad, (bias, (self.tokens, 0, self.tokens, 0)))
-                    wider.meta["nn_module_stack"] = node.meta["nn_module_stack"]
-                    node.replace_input_with(bias, wider)
+        for node, bias in windows.biases():
+            with gm.graph.inserting_before(node):  # prompts have no place: they are as near to one token as to another
+                wider = gm.graph.call_function(F.pad, (bias, (self.tokens, 0, self.tokens, 0)))
+            wider.meta["nn_module_stack"] = node.meta["nn_module_stack"]
+            node.replace_input_with(bias, wider)
         with gm.graph.inserting_before(windows.output.next):
             kept = gm.graph.call_function(operator.getitem, (windows.output, (slice(None), slice(self.tokens, None))))
         kept.meta["nn_module_stack"] = windows.map.meta["nn_module_stack"]
@@ -125,6 +149,45 @@ class _Windows:
     readers: tuple[fx.Node, ...]
     output: fx.Node
     dependent: set[fx.Node]
+
+    def biases(self) -> list[tuple[fx.Node, fx.Node]]:
+        """What is added to the map of each window, token by token, and the node that adds it."""
+        tokens = self.entry.meta["val"].shape[1]
+        adding = [node for node in self.nodes if node.target in _ADDS or node is self.map]
+        added = [(node, bias) for node in adding for bias in node.all_input_nodes if bias not in self.dependent]
+        shapes = {bias: getattr(bias.meta.get("val"), "shape", ()) for _, bias in added}
+        return [(node, bias) for node, bias in added if shapes[bias][-2:] == (tokens, tokens)]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A block that can have prompts; `windows` if they go into its attention."""
+
+    block: Block
+    layout: Layout
+    windows: _Windows | None
+
+    @property
+    def nodes(self) -> tuple[fx.Node, ...]:
+        """The nodes that see prompts."""
+        return self.block.nodes if self.windows is None else self.windows.nodes
+
+
+def _place(gm: fx.GraphModule, block: Block) -> _Place | Note:
+    """Where a block has its prompts, or why it has none."""
+    layout = layout_of(gm, block.entry)
+    windows = _windows(gm, block) if layout is not None and layout.order != "BNC" else None
+    if layout is None:
+        reason = "neither tokens nor a map with known channels"
+    elif layout.order == "BNC" or windows is not None:
+        return _Place(block, layout, windows)
+    elif _attentions(gm, block):
+        reason = "its attention is over neither tokens nor windows"
+    elif layout_of(gm, block.output) != layout:
+        reason = "changes the size of its map"
+    else:
+        return _Place(block, layout, None)
+    return Note("InsertVisualPrompt", block.entry.name, f"{block.path}: {reason}")
 
 
 def _windows(gm: fx.GraphModule, block: Block) -> _Windows | None:
@@ -175,20 +238,3 @@ def _read_through(
         call = call_inserted(gm, path, prompt, (value,), like=min(readers) if inside else None)
     for reader in readers:
         reader.replace_input_with(value, call)
-
-
-def _recompute_shapes(gm: fx.GraphModule, block: Block) -> None:
-    for node in block.nodes:
-        node.meta.pop("val", None)
-    log = logging.getLogger("torch._subclasses.fake_tensor")  # it prints a traceback of its own
-    silent, log.disabled = log.disabled, True
-    try:
-        propagate(gm)
-    except Exception as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise PassError(
-            f"InsertVisualPrompt: {block.path} was built for its number of tokens and takes no more ({reason}); "
-            "take another recipe, such as bias+lrp."
-        ) from error
-    finally:
-        log.disabled = silent

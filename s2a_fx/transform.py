@@ -6,8 +6,8 @@ import torch
 from torch import fx, nn
 
 from s2a_fx.errors import InputError
-from s2a_fx.origin import note_origin
 from s2a_fx.recipes import GraphPass, resolve, spelled
+from s2a_fx.tasks.origin import note_origin
 from s2a_fx.trace import trace
 
 

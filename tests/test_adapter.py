@@ -17,8 +17,9 @@ from small_models import SMALL, small_model
 from torch import nn
 
 import s2a_fx
-from s2a_fx import base_digests, task_file
 from s2a_fx.passes import CompressActivations, FreezeWeights, InsertLowRankPrompt
+from s2a_fx.sharded import whole
+from s2a_fx.tasks import base_digests, task_file
 
 TINY = (FreezeWeights(keep=("bias", "head")),)
 
@@ -110,6 +111,12 @@ def test_the_file_names_the_recipe_and_timm_s_model(vit, path):
     s2a_fx.save_adapter(s2a_fx.transform(*vit, "bias+lrp"), path)
     with safetensors.safe_open(path, "pt") as file:
         assert (file.metadata()["recipe"], file.metadata()["model"]) == ("bias+lrp", "vit_tiny_patch16_224")
+
+
+@pytest.mark.parametrize("classes", [("red", "grün", "blue"), None])
+def test_the_file_tells_the_classes_in_the_order_of_the_head_s_outputs(path, classes):
+    s2a_fx.save_adapter(tiny(), path, classes)
+    assert s2a_fx.read_adapter(path).classes == classes
 
 
 def test_one_base_switches_between_tasks_without_reading_it_again(monkeypatch):
@@ -247,12 +254,41 @@ def test_models_that_it_does_not_fit_are_refused(saved, model, words):
     assert all(v.is_meta for v in before.values()) or same(values(other), before)
 
 
-def test_parameters_that_only_one_side_trains_are_named(saved):
-    _, path = saved
-    gm = tiny()
+def all_but_the_head_frozen():
+    gm = tiny().requires_grad_(False)
+    gm.head.requires_grad_(True)
+    return gm
+
+
+def unfrozen(gm):
     gm.conv.weight.requires_grad_(True)
-    with pytest.raises(s2a_fx.AdapterError, match=r"lacks conv\.weight"):
+    return gm
+
+
+@pytest.mark.parametrize(
+    ("of", "into", "words"),
+    [
+        (tiny, lambda: unfrozen(tiny()), r"lacks conv\.weight"),
+        (lambda: unfrozen(tiny()), tiny, r"has conv\.weight"),
+        (lambda: unfrozen(tiny()), lambda: unfrozen(tiny()).requires_grad_(False), r"has conv\.weight"),
+        (tiny, all_but_the_head_frozen, r"has norm\.bias"),
+    ],
+    ids=["the model", "the task", "the task, inference", "the task, all but the head"],
+)
+def test_parameters_that_only_one_side_trains_are_named_and_none_is_overwritten(of, into, words, path):
+    s2a_fx.save_adapter(trained(of()), path)
+    gm = into()
+    before = values(gm)
+    with pytest.raises(s2a_fx.AdapterError, match=words):
         s2a_fx.load_adapter(gm, path)
+    assert same(values(gm), before)
+
+
+def test_what_was_unfrozen_by_hand_goes_into_a_model_unfrozen_likewise(path):
+    gm, other = trained(unfrozen(tiny())), unfrozen(tiny())
+    s2a_fx.save_adapter(gm, path)
+    s2a_fx.load_adapter(other, path)
+    assert same(values(other), values(gm))
 
 
 def test_what_cannot_be_saved_is_refused_and_leaves_nothing_behind(saved, tmp_path, monkeypatch):
@@ -260,6 +296,9 @@ def test_what_cannot_be_saved_is_refused_and_leaves_nothing_behind(saved, tmp_pa
     before = path.read_bytes()
     with pytest.raises(s2a_fx.InputError, match="transform"):
         s2a_fx.save_adapter(Tiny(), path)
+    for classes in ("red", [1, 2, 3], {"red": 0}, 3):
+        with pytest.raises(s2a_fx.InputError, match="classes: got"):
+            s2a_fx.save_adapter(gm, path, classes)
     with pytest.raises(s2a_fx.AdapterError, match="needs a gradient"):
         s2a_fx.save_adapter(tiny().requires_grad_(False), path)
     with pytest.raises(s2a_fx.AdapterError, match="no values"):
@@ -380,9 +419,11 @@ def _renamed(rng, metadata, tensors):
 
 
 def _other_metadata(rng, metadata, tensors):
-    key = rng.choice(["passes", "base", "fingerprint", "model"])
+    key = rng.choice(["passes", "base", "fingerprint", "model", "classes"])
     if key == "model" or rng.random() < 0.3:
         del metadata[key]
+    elif key == "classes":
+        metadata[key] = rng.choice(["", "{}", "[1]", '"red"', '["red", null]', '{"red": 0}', "0", "[" * 10**5, "NaN"])
     else:
         garbage = ["", "null", "[]", "{}", "[1]", '{"conv.weight": 1}', '["FreezeWeights()"]', "[" * 10**5, "NaN", "x" * 64]
         metadata[key] = rng.choice(garbage)
@@ -424,7 +465,8 @@ def test_of_a_thousand_broken_files_each_is_refused_and_changes_nothing(saved, m
     assert not accepted
 
 
-def test_of_every_bit_of_a_file_none_can_be_flipped_unseen(saved):
+def test_of_each_byte_of_a_file_no_bit_is_flipped_unseen(saved):
+    """One bit of each byte, drawn at random."""
     _, path = saved
     data = path.read_bytes()
     rng = random.Random(1)
@@ -453,13 +495,13 @@ def test_parameters_spread_by_fsdp_are_gathered_and_spread_again(one_process, pa
     assert not any(isinstance(p, DTensor) for p in gm.parameters())  # after a forward they are whole, until the backward
     s2a_fx.save_adapter(gm, path)
     assert all(isinstance(p, DTensor) for p in gm.parameters())
-    whole = tiny()
-    s2a_fx.load_adapter(whole, path)  # a file knows nothing of processes
-    expected = values(whole)
+    alone = tiny()
+    s2a_fx.load_adapter(alone, path)  # a file knows nothing of processes
+    expected = values(alone)
     trained(gm, seed=4)
     s2a_fx.load_adapter(gm, path)
     assert all(isinstance(p, DTensor) for p in gm.parameters())
-    assert same({name: base_digests.whole(value) for name, value in gm.state_dict().items()}, expected)
+    assert same({name: whole(value) for name, value in gm.state_dict().items()}, expected)
     F.cross_entropy(gm(X), torch.tensor([0, 1])).backward()
 
 

@@ -14,9 +14,8 @@ ROOT = Path(__file__).parent.parent
 ORDER = [
     "errors",
     "version",
-    "origin",
     "whole_file",
-    "task_file",
+    "sharded",
     "fusion",
     "codecs",
     "ops",
@@ -24,13 +23,12 @@ ORDER = [
     "analysis",
     "passes",
     "recipes",
+    "tasks",
     "trace",
     "report",
     "zoo",
     "fork_map",
     "transform",
-    "base_digests",
-    "adapter",
     "finalize",
 ]
 ORDER += ["dynamo_graph", "backend", "inductor", "html", "analyze", "paper_figures", "paper_tables", "arguments", "finetune", "cli"]

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from s2a_fx.base_digests import persistent
 from s2a_fx.errors import InputError
-from s2a_fx.finetune.distributed import gathered, like_shards, spread
+from s2a_fx.finetune.distributed import spread
 from s2a_fx.finetune.evaluate import Accuracy
+from s2a_fx.sharded import laid_out_like, whole
+from s2a_fx.tasks.base_digests import persistent
 from s2a_fx.whole_file import written_whole
 
 LAST, BEST, TASK = "last.pt", "best.pt", "task.safetensors"
@@ -47,9 +48,9 @@ class Position:
         return Position((*self.epochs, epoch))
 
     @property
-    def best(self) -> Epoch | None:
-        """The epoch of the highest accuracy, the first of several."""
-        return max(self.epochs, key=lambda e: e.accuracy.top1, default=None)
+    def best(self) -> Epoch:
+        """The epoch of the highest accuracy, the first of several; one at least is over."""
+        return max(self.epochs, key=lambda e: e.accuracy.top1)
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,9 @@ class State:
         """All that is stored; all processes make it together."""
         spread(self.gm)
         with torch.no_grad():
-            trained = {n: gathered(p.detach()).cpu() for n, p in self.gm.named_parameters() if p.requires_grad}
+            trained = {n: whole(p.detach()).cpu() for n, p in self.gm.named_parameters() if p.requires_grad}
             optimizer = self.optimizer.state_dict()
-            optimizer["state"] = {i: {k: gathered(v) for k, v in values.items()} for i, values in optimizer["state"].items()}
+            optimizer["state"] = {i: {k: whole(v) for k, v in values.items()} for i, values in optimizer["state"].items()}
         return {
             "trained": trained,
             "buffers": self._buffers(),
@@ -84,7 +85,8 @@ class State:
         self.restore_weights(record)
         self.optimizer.load_state_dict(record["optimizer"])
         for parameter, values in self.optimizer.state.items():
-            values.update({k: like_shards(v, parameter) for k, v in values.items()})
+            alike = {k: v for k, v in values.items() if isinstance(v, torch.Tensor) and v.shape == parameter.shape}
+            values.update({k: laid_out_like(parameter, v) for k, v in alike.items()})
         self.scaler.load_state_dict(record["scaler"])
         stored = record["position"]
         epochs = tuple(Epoch(**{**e, "accuracy": Accuracy(**e["accuracy"])}) for e in stored["epochs"])
@@ -97,7 +99,7 @@ class State:
         with torch.no_grad():
             for name, parameter in self.gm.named_parameters():
                 if name in record["trained"]:
-                    parameter.copy_(like_shards(record["trained"][name], parameter))
+                    parameter.copy_(laid_out_like(parameter, record["trained"][name]))
             for name, value in record["buffers"].items():
                 buffers[name].copy_(value)
 

@@ -10,7 +10,6 @@ import torch.distributed as dist
 from timm.utils.distributed import init_distributed_device_so, is_distributed_env
 from torch import fx, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from s2a_fx.errors import InputError
@@ -105,15 +104,3 @@ def spread(gm: nn.Module) -> None:
     for module in gm.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-
-
-def gathered(value: Any) -> Any:
-    """A tensor of all processes' shards; anything else as it is. All processes call it together."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
-
-
-def like_shards(value: Any, parameter: torch.Tensor) -> Any:
-    """This process's shard of a whole tensor, laid out as the parameter is."""
-    if not isinstance(parameter, DTensor) or not isinstance(value, torch.Tensor) or value.shape != parameter.shape:
-        return value
-    return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)

@@ -14,9 +14,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
-from s2a_fx.adapter import save_adapter
 from s2a_fx.analysis.blocks import residual_blocks
-from s2a_fx.base_digests import digests, fingerprint
 from s2a_fx.errors import InputError, PassError
 from s2a_fx.finetune.checkpoint import BEST, LAST, TASK, Epoch, Position, State, read, write
 from s2a_fx.finetune.data import DataSets, Loader, make_loader, make_mixup, open_data, training_batches
@@ -30,6 +28,8 @@ from s2a_fx.finetune.options import FinetuneOptions
 from s2a_fx.finetune.steps import Precision, training_steps
 from s2a_fx.recipes import resolve
 from s2a_fx.report import MB
+from s2a_fx.tasks.adapter import save_adapter
+from s2a_fx.tasks.base_digests import digests, fingerprint
 from s2a_fx.trace import trace
 from s2a_fx.transform import transform
 
@@ -57,7 +57,7 @@ class FinetuneResult:
     @property
     def best(self) -> Epoch:
         """The epoch of the highest accuracy, the first of several."""
-        return max(self.epochs, key=lambda e: e.accuracy.top1)
+        return Position(self.epochs).best
 
 
 def finetune(options: FinetuneOptions, say: Say = lambda line: None) -> FinetuneResult:

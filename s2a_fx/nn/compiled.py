@@ -12,29 +12,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import fx
 from torch.utils.checkpoint import checkpoint
 
 from s2a_fx.codecs.rows import Rows
-from s2a_fx.nn.training_switch import TrainingSwitch
 from s2a_fx.ops import flat
 from s2a_fx.ops.normalize import normalize_backward, normalize_decode
-
-
-def may_draw(part: fx.GraphModule) -> bool:
-    """Whether a part may draw random numbers in train mode."""
-    return any(_may_draw(part, node) for node in part.graph.nodes)
-
-
-def _may_draw(part: fx.GraphModule, node: fx.Node) -> bool:
-    if node.op == "call_module":
-        modules = part.get_submodule(str(node.target)).modules()
-        return any(isinstance(m, TrainingSwitch) or any(getattr(m, p, 0) for p in ("p", "drop_prob", "dropout")) for m in modules)
-    if node.target is F.scaled_dot_product_attention:
-        return bool(node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p"))
-    called = node.op in ("call_function", "call_method")
-    return called and any(word in str(node.target) for word in ("rand", "bernoulli", "dropout"))
 
 
 def recomputed(value: Callable[[], torch.Tensor], part: Callable[..., torch.Tensor], *arguments: Any) -> torch.Tensor:

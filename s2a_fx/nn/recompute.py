@@ -8,7 +8,7 @@ import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from s2a_fx.nn.compiled import may_draw
+from s2a_fx.nn.random_numbers import may_draw
 
 PART_BYTES = 24 * 10**6
 """What the wide tensors of a part may take: smaller parts cost time, larger ones stand in the peak."""
@@ -31,7 +31,7 @@ class Recomputed(nn.Module):
     def __init__(self, body: fx.GraphModule, backward_body: fx.GraphModule) -> None:
         super().__init__()
         self.__dict__.update(body=body, backward_body=backward_body)
-        self.draws = may_draw(body)
+        self.draws = any(may_draw(body, node) for node in body.graph.nodes)
 
     def run_at_once(self) -> None:
         """From here on run all images together: for bodies into which their number is built."""

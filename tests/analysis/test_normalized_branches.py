@@ -89,6 +89,33 @@ def test_a_branch_ends_with_its_last_linear_layer():
     assert branch.by_image
 
 
+class Called(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.first, self.function, self.last = nn.Linear(32, 64), function, nn.Linear(64, 32)
+
+    def forward(self, x):
+        return self.last(self.function(self.first(x), self.training))
+
+
+@pytest.mark.parametrize(
+    ("function", "draws"),
+    [
+        (lambda x, training: F.dropout(x, 0.1), True),
+        (lambda x, training: F.dropout(x, 0.0), False),
+        (lambda x, training: F.dropout(x, 0.1, training), True),
+        (lambda x, training: F.dropout(x, 0.0, training), False),
+        (lambda x, training: F.scaled_dot_product_attention(x, x, x, None, 0.1), True),
+        (lambda x, training: F.scaled_dot_product_attention(x, x, x), False),
+        (lambda x, training: x + torch.rand_like(x), True),
+        (lambda x, training: x / x.norm(p=2, dim=-1, keepdim=True), False),
+    ],
+)
+def test_a_branch_that_calls_what_draws_does_not_run_by_image(function, draws):
+    (branch,) = branches_of(Residual(Called(function)))
+    assert branch.by_image is not draws
+
+
 def test_dropout_after_the_last_layer_stays_outside_and_dropout_before_it_draws():
     (after,) = branches_of(Residual(nn.Sequential(mlp(), nn.Dropout(0.5))))
     assert str(after.output.target) == "1.body.0.2"

@@ -295,10 +295,14 @@ def test_a_border_refuses_another_size():
         gm(torch.randn(2, 3, 96, 96))
 
 
-def test_blocks_that_cannot_take_more_tokens_are_refused():
+def test_blocks_that_cannot_take_more_tokens_are_refused_before_any_is_edited():
     model = timm.create_model("beit_base_patch16_224", depth=2, num_classes=5)
+    gm = s2a_fx.trace(model.to("meta"), torch.empty(2, 3, 224, 224, device="meta"))
+    graph, modules, values = str(gm.graph), dict(gm.named_modules()), {n: n.meta["val"] for n in gm.graph.nodes}
     with pytest.raises(s2a_fx.PassError, match=r"blocks\.1 was built for its number of tokens"):
-        s2a_fx.transform(model, torch.randn(2, 3, 224, 224), "vpt")
+        InsertVisualPrompt()(gm)
+    assert (str(gm.graph), dict(gm.named_modules())) == (graph, modules)
+    assert all(n.meta["val"] is values[n] for n in gm.graph.nodes)
 
 
 class Headless(nn.Module):

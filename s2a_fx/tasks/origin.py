@@ -1,4 +1,4 @@
-"""Where a rewritten model comes from: the model's name, and the passes that it went through.
+"""Where a rewritten model comes from: the model's name, the passes that it went through, and what they left to train.
 
 A child module without tensors holds it: of all that a `GraphModule` may carry, its children alone survive both `copy.deepcopy` and
 pickling.
@@ -13,11 +13,12 @@ _PATH = "s2a_fx_origin"
 
 
 class Origin(nn.Module):
-    """The model's name, and each pass with all its options, in the order in which they were applied."""
+    """The model's name, each pass with all its options, in the order in which they were applied, and the parameters that they left
+    trainable, by name."""
 
-    def __init__(self, model: str, passes: tuple[str, ...]) -> None:
+    def __init__(self, model: str, passes: tuple[str, ...], trained: tuple[str, ...]) -> None:
         super().__init__()
-        self.model, self.passes = model, passes
+        self.model, self.passes, self.trained = model, passes, trained
 
     def extra_repr(self) -> str:
         return ", ".join((self.model, *self.passes))
@@ -33,7 +34,8 @@ def note_origin(rewritten: nn.Module, source: nn.Module, passes: Sequence[str]) 
     """Say that `rewritten` is `source` after so many more passes."""
     before = origin_of(source)
     model, earlier = (_name(source), ()) if before is None else (before.model, before.passes)
-    rewritten.add_module(_PATH, Origin(model, (*earlier, *passes)))
+    trained = tuple(name for name, parameter in rewritten.named_parameters() if parameter.requires_grad)
+    rewritten.add_module(_PATH, Origin(model, (*earlier, *passes), trained))
 
 
 def _name(model: nn.Module) -> str:

@@ -5,11 +5,15 @@ s2a_fx.load_adapter(gm, "flowers.safetensors")        into the same base under t
 
 tasks = {name: s2a_fx.read_adapter(f"{name}.safetensors") for name in names}
 tasks["birds"].apply(gm)                              one base, many tasks: the base is checked once, then values are copied
+
+A task fits a model whose own task has the same names, so that no frozen weight is ever overwritten. A model's task are its running
+statistics and the parameters that need a gradient or, of a model that is frozen as a whole for inference, those that `transform`
+left trainable.
 """
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,13 +21,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import fx, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
-from s2a_fx import task_file
-from s2a_fx.base_digests import digests, fingerprint, persistent, require_values, whole
 from s2a_fx.errors import AdapterError, InputError
-from s2a_fx.origin import Origin, origin_of
 from s2a_fx.recipes import recipe_called
+from s2a_fx.sharded import laid_out_like, whole
+from s2a_fx.tasks import task_file
+from s2a_fx.tasks.base_digests import digests, fingerprint, persistent, require_values
+from s2a_fx.tasks.origin import Origin, origin_of
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 """Buffers that training changes, by the names that torch and timm give them."""
@@ -38,41 +43,52 @@ class TaskAdapter:
         passes: the recipe, each pass with all its options.
         base: digest of each tensor that is the base's alone.
         tensors: the trained parameters and the statistics, on the CPU.
+        classes: the name of each class, in the order of the head's outputs; None where they were not told.
     """
 
     model: str
     passes: tuple[str, ...]
     base: Mapping[str, str] = field(repr=False)
     tensors: Mapping[str, torch.Tensor] = field(repr=False)
+    classes: tuple[str, ...] | None = None
 
     @staticmethod
-    def of(gm: nn.Module) -> "TaskAdapter":
+    def of(gm: nn.Module, classes: Sequence[str] | None = None) -> "TaskAdapter":
         """What `gm`, made by `transform`, has trained: parameters that need a gradient, and all running statistics.
 
         Of parameters that are spread over processes (FSDP2) the whole is gathered: every process must call this.
 
+        Args:
+            classes: the name of each class, in the order of the head's outputs; readers get them back, and nothing else is done
+                with them.
+
         Raises:
-            InputError: `gm` was not made by `transform`.
+            InputError: `gm` was not made by `transform`, or `classes` are no names.
             AdapterError: it has no values (meta device), or nothing that trains.
         """
         origin = _origin(gm)
+        if classes is not None and not _are_names(classes):
+            raise InputError(f"classes: got {classes!r}, wanted the name of each class, in the order of the head's outputs.")
         held = persistent(gm)
-        trained = {name: tensor for name, tensor in held.items() if _changes(name, tensor)}
-        if not any(isinstance(tensor, nn.Parameter) for tensor in trained.values()):
+        needed = _needing_gradient(held)
+        if not needed:
             raise AdapterError("no parameter of the model needs a gradient: there is no task to keep. Save before you freeze all.")
+        trained = _task(held, needed)
         for name, tensor in trained.items():
             require_values(name, tensor)
         tensors = {
             name: whole(tensor).detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
             for name, tensor in trained.items()
         }
-        return TaskAdapter(origin.model, origin.passes, digests({n: t for n, t in held.items() if n not in trained}), tensors)
+        base = digests({n: t for n, t in held.items() if n not in trained})
+        return TaskAdapter(origin.model, origin.passes, base, tensors, None if classes is None else tuple(classes))
 
     def apply(self, gm: nn.Module) -> None:
         """Copy the task's values into `gm`: in train or eval mode, on any device, spread over processes or not.
 
-        All is checked before anything is copied. The base is read once for a model; later calls copy values only. Nothing but
-        values changes: not the mode, nor what needs a gradient, nor an optimizer's state.
+        All is checked before anything is copied. The base is read once for a model; later calls copy values only, and do not see
+        what was written to the base past autograd, by `p.data.mul_(2)`, in between. Nothing but values changes: not the mode, nor
+        what needs a gradient, nor an optimizer's state.
 
         Raises:
             InputError: `gm` was not made by `transform`.
@@ -81,12 +97,12 @@ class TaskAdapter:
         """
         origin, held = _origin(gm), persistent(gm)
         self._check_recipe(origin)
-        self._check_names(held)
+        self._check_names(origin, held)
         for name, tensor in self.tensors.items():
             self._check_tensor(gm, name, tensor, held[name])
         self._check_base(origin, {n: t for n, t in held.items() if n not in self.tensors})
         with torch.no_grad():
-            values = [(held[name], _like(held[name], tensor)) for name, tensor in self.tensors.items()]
+            values = [(held[name], laid_out_like(held[name], tensor)) for name, tensor in self.tensors.items()]
             for target, value in values:
                 target.copy_(value)
 
@@ -98,13 +114,15 @@ class TaskAdapter:
                 f"transform the base with the recipe {wanted}."
             )
 
-    def _check_names(self, held: Mapping[str, torch.Tensor]) -> None:
-        unexpected = [name for name in self.tensors if name not in held]
-        missing = [name for name, tensor in held.items() if _changes(name, tensor) and name not in self.tensors]
+    def _check_names(self, origin: Origin, held: Mapping[str, torch.Tensor]) -> None:
+        wanted = _task(held, _needing_gradient(held) or set(origin.trained))
+        unexpected = [name for name in self.tensors if name not in wanted]
+        missing = [name for name in wanted if name not in self.tensors]
         if unexpected or missing:
             raise AdapterError(
-                f"the task, trained on {self.model}, has {_some(unexpected)} that the model has not, and lacks {_some(missing)} "
-                "that the model trains; load it into the model that it was trained on, with the same parameters frozen."
+                f"the task, trained on {self.model}, has {_some(unexpected)} that the model has not or keeps frozen, and lacks "
+                f"{_some(missing)} that the model trains; load it into the model that it was trained on, with the same parameters "
+                "frozen; freeze all of them, if you like, after it is loaded."
             )
 
     def _check_tensor(self, gm: nn.Module, name: str, got: torch.Tensor, wanted: torch.Tensor) -> None:
@@ -133,17 +151,20 @@ class TaskAdapter:
             )
 
 
-def save_adapter(gm: nn.Module, path: str | os.PathLike[str]) -> None:
+def save_adapter(gm: nn.Module, path: str | os.PathLike[str], classes: Sequence[str] | None = None) -> None:
     """Write what `gm`, made by `transform`, has trained to a safetensors file, whole or not at all.
 
     Of a model that is spread over processes (FSDP2) every process must call this, and the first one writes. Replicas (DDP) write
     the same file each: let one of them do it, and give it `ddp.module`.
 
+    Args:
+        classes: the name of each class, in the order of the head's outputs, for those who read the file.
+
     Raises:
-        InputError: `gm` was not made by `transform`.
+        InputError: `gm` was not made by `transform`, or `classes` are no names.
         AdapterError: nothing trains, or the file cannot be written.
     """
-    adapter = TaskAdapter.of(gm)
+    adapter = TaskAdapter.of(gm, classes)
     if not any(isinstance(p, DTensor) for p in gm.parameters()):
         _write(adapter, Path(path))
         return
@@ -177,9 +198,10 @@ def read_adapter(path: str | os.PathLike[str]) -> TaskAdapter:
     """
     metadata, tensors = task_file.read(Path(path))
     try:
-        passes, base = json.loads(metadata["passes"]), json.loads(metadata["base"])
+        passes, base, classes = (json.loads(metadata[key]) for key in ("passes", "base", "classes"))
         whole_file = _are_strings(passes) and _are_strings(list(base.values())) and fingerprint(base) == metadata["fingerprint"]
-        adapter = TaskAdapter(metadata["model"], tuple(passes), base, tensors)
+        whole_file = whole_file and (classes is None or _are_strings(classes))
+        adapter = TaskAdapter(metadata["model"], tuple(passes), base, tensors, None if classes is None else tuple(classes))
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
         whole_file = False
     if not whole_file:
@@ -194,12 +216,17 @@ def _write(adapter: TaskAdapter, path: Path) -> None:
         "passes": json.dumps(adapter.passes),
         "fingerprint": fingerprint(adapter.base),
         "base": json.dumps(adapter.base),
+        "classes": json.dumps(adapter.classes),
     }
     task_file.write(path, metadata, adapter.tensors)
 
 
 def _are_strings(values: Any) -> bool:
     return isinstance(values, list) and all(isinstance(value, str) for value in values)
+
+
+def _are_names(classes: Any) -> bool:
+    return isinstance(classes, Sequence) and not isinstance(classes, str) and _are_strings(list(classes))
 
 
 def _origin(gm: nn.Module) -> Origin:
@@ -212,19 +239,17 @@ def _origin(gm: nn.Module) -> Origin:
     return origin
 
 
-def _changes(name: str, tensor: torch.Tensor) -> bool:
-    """Whether training changes a tensor."""
-    if isinstance(tensor, nn.Parameter):
-        return tensor.requires_grad
-    return name.rpartition(".")[2] in _STATISTICS
+def _needing_gradient(held: Mapping[str, torch.Tensor]) -> set[str]:
+    return {name for name, tensor in held.items() if isinstance(tensor, nn.Parameter) and tensor.requires_grad}
 
 
-def _like(target: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """The value on the target's device, or spread as it is."""
-    if isinstance(target, DTensor):
-        mesh = target.device_mesh
-        return distribute_tensor(value.to(mesh.device_type), mesh, target.placements, src_data_rank=None)
-    return value.to(target.device)
+def _task(held: Mapping[str, torch.Tensor], trained: set[str]) -> dict[str, torch.Tensor]:
+    """The parameters that train, and all running statistics."""
+
+    def belongs(name: str, tensor: torch.Tensor) -> bool:
+        return name in trained if isinstance(tensor, nn.Parameter) else name.rpartition(".")[2] in _STATISTICS
+
+    return {name: tensor for name, tensor in held.items() if belongs(name, tensor)}
 
 
 def _some(names: list[str]) -> str:

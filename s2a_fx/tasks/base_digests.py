@@ -12,15 +12,11 @@ from torch.distributed.tensor import DTensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from s2a_fx.errors import AdapterError
-from s2a_fx.task_file import bytes_of
+from s2a_fx.sharded import whole
+from s2a_fx.tasks.task_file import bytes_of
 
 _known: WeakIdKeyDictionary = WeakIdKeyDictionary()
 """Tensor -> the state it was in, and its digest then: a base with many tasks is read once, not at every change of the task."""
-
-
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself; of one that is spread over processes, what all of them have together (each of them must call this)."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def digests(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:

@@ -1,0 +1,1 @@
+"""Task files: what was trained, apart from its base, and how a model is known again."""

@@ -17,8 +17,14 @@ class TapScale(nn.Module):
     RMS = 0.5
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        square = x.detach().float().square().mean((1, 2, 3), keepdim=True)
-        return x * (self.RMS * square.clamp_min(1e-12).rsqrt()).to(x.dtype)
+        return x * self._factor(x.detach())
+
+    def inference_form(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self._factor(x)
+
+    def _factor(self, x: torch.Tensor) -> torch.Tensor:
+        square = x.float().square().mean((1, 2, 3), keepdim=True)
+        return (self.RMS * square.clamp_min(1e-12).rsqrt()).to(x.dtype)
 
 
 class LiteSideBlock(nn.Sequential):

@@ -33,7 +33,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import s2a_fx
 from s2a_fx.analysis.measure import measure_peak_bytes, measure_saved_bytes
 from s2a_fx.finetune import FinetuneOptions, evaluate, training_steps
-from s2a_fx.finetune.objective import make_loss, make_optimizer, make_scheduler
+from s2a_fx.finetune.objective import make_loss, make_optimizer, make_scheduler, no_decay
 
 SEEDS = (0, 1, 2)
 ALL_IMAGES = 2624
@@ -186,8 +186,9 @@ def train(model: str, method: str, lr: float, seed: int, setting: Setting, data:
     )
     torch.manual_seed(seed)
     training, validation, test = split(data.labels, setting, seed)
-    gm = build(start(model), method, data.images[: setting.batch_size])
-    optimizer, loss = make_optimizer(gm, options), make_loss(options)
+    original = start(model)
+    gm = build(original, method, data.images[: setting.batch_size])
+    optimizer, loss = make_optimizer(gm, options, no_decay(original)), make_loss(options)
     updates = len(training) // setting.batch_size
     scheduler = make_scheduler(optimizer, options, updates)
     generator = torch.Generator().manual_seed(seed)

@@ -25,7 +25,7 @@ from s2a_fx.finetune.evaluate import evaluate
 from s2a_fx.finetune.interrupts import Interrupts, Stopped, interrupts
 from s2a_fx.finetune.memory import Prediction, free_bytes, high_water, predict
 from s2a_fx.finetune.model import build_model, image_shape
-from s2a_fx.finetune.objective import make_loss, make_optimizer, make_scheduler
+from s2a_fx.finetune.objective import make_loss, make_optimizer, make_scheduler, no_decay
 from s2a_fx.finetune.options import FinetuneOptions
 from s2a_fx.finetune.steps import Precision, training_steps
 from s2a_fx.recipes import resolve
@@ -251,7 +251,7 @@ def _prepare(options: FinetuneOptions, data: DataSets, processes: Processes, say
     if options.channels_last:
         gm.to(memory_format=torch.channels_last)
     wrapped = shared(gm, processes, blocks)
-    optimizer = make_optimizer(gm, options)
+    optimizer = make_optimizer(gm, options, no_decay(model))
     updates = len(loaders[0]) // options.grad_accumulation
     scheduler = make_scheduler(optimizer, options, updates)
     precision = Precision(processes.device.type, options.amp)

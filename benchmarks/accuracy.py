@@ -28,11 +28,11 @@ import record
 import torch
 from tabulate import tabulate
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 import s2a_fx
 from s2a_fx.analysis.measure import measure_peak_bytes, measure_saved_bytes
 from s2a_fx.finetune import FinetuneOptions, evaluate, training_steps
+from s2a_fx.finetune.model import batch_norms
 from s2a_fx.finetune.objective import make_loss, make_optimizer, make_scheduler, no_decay
 
 SEEDS = (0, 1, 2)
@@ -167,8 +167,7 @@ def start(model: str) -> nn.Module:
 def build(original: nn.Module, method: str, example: torch.Tensor) -> nn.Module:
     """The module to train, its batch norms at rest."""
     gm = s2a_fx.transform(original, example, method).train()
-    norms = [path for path, module in original.named_modules() if isinstance(module, _BatchNorm)]
-    for path in norms:
+    for path in batch_norms(original):
         gm.get_submodule(path).eval()
     return gm
 
@@ -183,6 +182,7 @@ def train(model: str, method: str, lr: float, seed: int, setting: Setting, data:
         batch_size=setting.batch_size,
         lr=lr,
         seed=seed,
+        from_scratch=True,  # the weights are loaded by `start`
     )
     torch.manual_seed(seed)
     training, validation, test = split(data.labels, setting, seed)

@@ -9,7 +9,7 @@ import torch
 
 from s2a_fx.analysis.optimizer import OPTIMIZERS
 from s2a_fx.analyze import compare
-from s2a_fx.finetune.model import build_model, image_shape
+from s2a_fx.finetune.model import build_model, data_config
 from s2a_fx.finetune.objective import make_loss, make_optimizer
 from s2a_fx.finetune.options import FinetuneOptions
 from s2a_fx.finetune.steps import Precision
@@ -53,8 +53,7 @@ def predict(options: FinetuneOptions, classes: int, device: torch.device) -> Pre
     """
     with on_meta():
         model, _ = build_model(options, classes, weights=False)
-    size = image_shape(model, options)
-    x = torch.empty(options.batch_size, *size, device="meta")
+    x = torch.empty(options.batch_size, *data_config(model, options)["input_size"], device="meta")
     given = make_loss(options)
     soft = bool(options.mixup or options.cutmix)
 

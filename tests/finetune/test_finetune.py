@@ -48,6 +48,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written_and_can_be_forc
         str(tmp_path / "run"),
         "--memory",
         "0.5MB",
+        "--from-scratch",
         "--device",
         "cpu",
     ]
@@ -103,6 +104,11 @@ def test_the_rate_rises_and_falls_as_in_the_paper(colours, tmp_path):
 def test_a_data_set_of_torchvision(colours, tmp_path):
     result = finetune(small_run(colours, tmp_path / "run", epochs=1, recipe="linear", dataset="torch/image_folder"))
     assert result.best.accuracy.top1 > 0
+
+
+def test_grey_images(colours, tmp_path):
+    finetune(small_run(colours, tmp_path / "run", epochs=1, recipe="full", model_options={**SMALL, "in_chans": 1}))
+    assert stored(tmp_path / "run")["trained"]["patch_embed.proj.weight"].shape[1] == 1
 
 
 def test_what_is_trained_and_decays(tmp_path):

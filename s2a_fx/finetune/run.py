@@ -21,8 +21,9 @@ from s2a_fx.finetune.checkpoint import BEST, LAST, TASK, Epoch, Position, State,
 from s2a_fx.finetune.data import DataSets, Loader, make_loader, make_mixup, open_data, training_batches
 from s2a_fx.finetune.distributed import Processes, joined, shared
 from s2a_fx.finetune.evaluate import evaluate
+from s2a_fx.finetune.free_memory import free_bytes
 from s2a_fx.finetune.interrupts import Interrupts, Stopped, interrupts
-from s2a_fx.finetune.memory import Prediction, free_bytes, high_water, predict
+from s2a_fx.finetune.memory import Prediction, high_water, predict
 from s2a_fx.finetune.model import batch_norms, build_model, data_config
 from s2a_fx.finetune.objective import make_loss, make_optimizer, make_scheduler, no_decay
 from s2a_fx.finetune.options import FinetuneOptions
@@ -82,7 +83,7 @@ def _finetune(options: FinetuneOptions, processes: Processes, say: Say) -> Finet
     if stored is None and last.exists():
         raise InputError(f"{last}: a run stands there already; go on with --resume, or give another --output.")
     data = open_data(options, processes)
-    prediction = predict(options, data.classes, processes.device)
+    prediction = predict(options, data.classes, processes)
     say(str(prediction))
     _check_fit(prediction, options, processes, say)
     measured = high_water(processes.device)

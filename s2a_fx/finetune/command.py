@@ -3,16 +3,20 @@
 import argparse
 import ast
 import gc
+import os
 import sys
+import time
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from s2a_fx.arguments import not_negative, positive, size
+from s2a_fx.errors import S2AError
 from s2a_fx.finetune.interrupts import Stopped
 from s2a_fx.finetune.options import AMP, PARALLEL, FinetuneOptions
 from s2a_fx.finetune.run import finetune
 
+_PATIENCE = 5.0  # seconds; torchrun looks for ended processes ten times a second
 _DEFAULTS = {f.name: f.default for f in fields(FinetuneOptions)}
 
 
@@ -109,13 +113,25 @@ def _pair(text: str) -> tuple[str, Any]:
         return name, value
 
 
+def _say(line: str) -> None:
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:  # the reader, `head` say, has seen enough; the training goes on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print("s2a-fx: no one reads the output any more; the run goes on without it", file=sys.stderr)
+
+
 def _finetune(arguments: argparse.Namespace) -> int:
     gc.enable()  # `console` turns it off, for commands that are over soon
     given = {name: value for name, value in vars(arguments).items() if name in _DEFAULTS}
     try:
         options = FinetuneOptions(**given, model_options=dict(getattr(arguments, "model_option", ())))
-        finetune(options, say=lambda line: print(line, flush=True))
+        finetune(options, say=_say)
     except Stopped as stop:
         print(f"s2a-fx: {stop}", file=sys.stderr)
         return 130
+    except S2AError:
+        if os.environ.get("LOCAL_RANK", "0") != "0":  # the first process tells it and ends, and torchrun then ends this one
+            time.sleep(_PATIENCE)
+        raise
     return 0

@@ -1,5 +1,8 @@
 """What a run does when nothing goes wrong, and what it says."""
 
+import os
+import sys
+
 import pytest
 import torch
 from colours import SMALL, small_run, stored
@@ -109,6 +112,18 @@ def test_a_data_set_of_torchvision(colours, tmp_path):
 def test_grey_images(colours, tmp_path):
     finetune(small_run(colours, tmp_path / "run", epochs=1, recipe="full", model_options={**SMALL, "in_chans": 1}))
     assert stored(tmp_path / "run")["trained"]["patch_embed.proj.weight"].shape[1] == 1
+
+
+def test_a_run_whose_output_no_one_reads_any_more_goes_on(colours, tmp_path, monkeypatch, capsys):
+    read, write = os.pipe()
+    os.close(read)
+    command = ["finetune", "resnet10t", str(colours), "--output", str(tmp_path / "run"), "--device", "cpu", "--from-scratch"]
+    command += ["--recipe", "linear", "--image-size", "32", "--epochs", "1", "--workers", "0"]
+    with os.fdopen(write, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        assert main(command) == 0
+    assert "the run goes on without it" in capsys.readouterr().err
+    assert (tmp_path / "run" / "task.safetensors").exists()
 
 
 def test_what_is_trained_and_decays(tmp_path):

@@ -1,6 +1,8 @@
 """What cannot be asked for is told in one line, before anything is written."""
 
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -114,6 +116,14 @@ def test_a_head_of_another_size_begins_at_zero_and_is_said(colours, tmp_path):
     lines = []
     finetune(options, lines.append)
     assert any("head.weight, head.bias" in line and "begin at zero" in line for line in lines)
+
+
+@pytest.mark.slow
+def test_of_several_processes_one_tells_it(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "s2a_fx.cli"]
+    command += ["finetune", "vit_tiny_patch16_224", str(tmp_path / "none"), "--from-scratch", "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode and done.stderr.count("there is no such folder") == 1
 
 
 def test_command_line_tells_it_on_one_line_and_exits_with_2(tmp_path, capsys):

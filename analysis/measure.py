@@ -7,6 +7,7 @@ from weakref import WeakSet
 import torch
 from torch import nn
 from torch._C._profiler import _EventType
+from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 
 from s2a_fx.analysis.loss import default_loss
@@ -62,7 +63,7 @@ def measure_peak_bytes(
     state = [t for s in optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor)] if optimizer else []
     standing = {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
-        for t in [*model.parameters(), *model.buffers(), *inputs, *state]
+        for t in map(_here, [*model.parameters(), *model.buffers(), *inputs, *state])
     }
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
@@ -71,6 +72,11 @@ def measure_peak_bytes(
         now += size
         highest = max(highest, now)
     return highest
+
+
+def _here(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's part of a tensor that processes share."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _allocations(events: Sequence[Any]) -> list[tuple[int, int]]:

@@ -28,12 +28,12 @@ import record
 import torch
 from tabulate import tabulate
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 import s2a_fx
 from s2a_fx.analysis.measure import measure_peak_bytes, measure_saved_bytes
 from s2a_fx.finetune import FinetuneOptions, evaluate, training_steps
-from s2a_fx.finetune.objective import make_loss, make_optimizer, make_scheduler
+from s2a_fx.finetune.model import batch_norms
+from s2a_fx.finetune.objective import make_loss, make_optimizer, make_scheduler, no_decay
 
 SEEDS = (0, 1, 2)
 ALL_IMAGES = 2624
@@ -103,13 +103,14 @@ class Run:
 
 @dataclass(frozen=True)
 class Row:
-    """A method: its learning rate, test accuracies by seed, cost; or why it refuses the model. Bytes are of a step of one batch."""
+    """A method: its learning rate, test accuracies by `seeds`, cost; or why it refuses the model. Bytes are of one step."""
 
     model: str
     method: str
     refused: str | None = None
     lr: float | None = None
     test: tuple[float, ...] = ()
+    seeds: tuple[int, ...] = ()
     trained_percent: float | None = None
     trained_percent_without_head: float | None = None
     kept_bytes: int | None = None
@@ -165,9 +166,8 @@ def start(model: str) -> nn.Module:
 
 def build(original: nn.Module, method: str, example: torch.Tensor) -> nn.Module:
     """The module to train, its batch norms at rest."""
-    norms = [path for path, module in original.named_modules() if isinstance(module, _BatchNorm)]
     gm = s2a_fx.transform(original, example, method).train()
-    for path in norms:
+    for path in batch_norms(original):
         gm.get_submodule(path).eval()
     return gm
 
@@ -182,11 +182,13 @@ def train(model: str, method: str, lr: float, seed: int, setting: Setting, data:
         batch_size=setting.batch_size,
         lr=lr,
         seed=seed,
+        from_scratch=True,  # the weights are loaded by `start`
     )
     torch.manual_seed(seed)
     training, validation, test = split(data.labels, setting, seed)
-    gm = build(start(model), method, data.images[: setting.batch_size])
-    optimizer, loss = make_optimizer(gm, options), make_loss(options)
+    original = start(model)
+    gm = build(original, method, data.images[: setting.batch_size])
+    optimizer, loss = make_optimizer(gm, options, no_decay(original)), make_loss(options)
     updates = len(training) // setting.batch_size
     scheduler = make_scheduler(optimizer, options, updates)
     generator = torch.Generator().manual_seed(seed)
@@ -264,11 +266,13 @@ def row(model: str, method: str, runs: list[Run], setting: Setting) -> Row | Non
     kept = measure_saved_bytes(gm, (x,))
     optimizer = torch.optim.AdamW([p for p in gm.parameters() if p.requires_grad])
     best = best_rate(found)
+    chosen = sorted((r for r in found if r.lr == best), key=lambda r: r.seed)
     return Row(
         model=model,
         method=method,
         lr=best,
-        test=tuple(r.test for r in sorted(found, key=lambda r: r.seed) if r.lr == best),
+        test=tuple(r.test for r in chosen),
+        seeds=tuple(r.seed for r in chosen),
         trained_percent=100 * trained / size,
         trained_percent_without_head=100 * (trained - head) / (size - head),
         kept_bytes=kept,
@@ -279,19 +283,19 @@ def row(model: str, method: str, runs: list[Run], setting: Setting) -> Row | Non
 
 def table(rows: list[Row]) -> str:
     """The methods on one model; under `- NAME` the difference, in points, to the accuracy of NAME with the same seed."""
-    of = {r.method: r.test for r in rows}
+    of = {r.method: dict(zip(r.seeds, r.test, strict=True)) for r in rows if not r.refused}
     return tabulate([_line(r, of) for r in rows], headers="keys", tablefmt="github", disable_numparse=True)
 
 
-def _line(r: Row, of: dict[str, tuple[float, ...]]) -> dict[str, Any]:
+def _line(r: Row, of: dict[str, dict[int, float]]) -> dict[str, Any]:
     if r.refused:
         return {"method": r.method, "balanced accuracy %": f"refused: {r.refused}"}
     assert r.kept_bytes is not None and r.peak_bytes is not None
     return {
         "method": r.method,
         "balanced accuracy %": _points(r.test),
-        "of full %": f"{100 * mean(r.test) / mean(of['full']):.1f}",
-        **{f"- {name}": _points([a - b for a, b in zip(r.test, of[name], strict=False)]) for name in COMPARED if name in of},
+        "of full %": f"{100 * mean(r.test) / mean(of['full'].values()):.1f}",
+        **{f"- {name}": _points(_differences(of[r.method], of[name])) for name in COMPARED if name in of},
         "seeds": len(r.test),
         "lr": f"{r.lr:g}",
         "trained %": f"{r.trained_percent:.2f}",
@@ -302,8 +306,15 @@ def _line(r: Row, of: dict[str, tuple[float, ...]]) -> dict[str, Any]:
     }
 
 
+def _differences(ours: dict[int, float], theirs: dict[int, float]) -> list[float]:
+    """Ours less theirs, for each seed that both have."""
+    return [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+
+
 def _points(shares: Sequence[float]) -> str:
-    """Mean and deviation, in points of a hundred."""
+    """Mean and deviation, in points of a hundred; nothing of none."""
+    if not shares:
+        return ""
     return f"{100 * mean(shares):.2f} ± {100 * stdev(shares):.2f}" if len(shares) > 1 else f"{100 * shares[0]:.2f}"
 
 

@@ -74,6 +74,8 @@ def create_model(
         near = get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
         hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() names them all."
         raise InputError(f"unknown model {name!r}; {hint}")
+    asked = f" for {image_size} x {image_size} images" if image_size is not None else ""
+    asked += f" with {', '.join(f'{key}={value!r}' for key, value in options.items())}" if options else ""
     if num_classes is not None:
         options["num_classes"] = num_classes
     config = timm.get_pretrained_cfg(name)
@@ -82,5 +84,4 @@ def create_model(
     try:
         return timm.create_model(name, pretrained=pretrained, **options)
     except (AssertionError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
-        size = f" for {image_size} x {image_size} images" if image_size is not None else ""
-        raise InputError(f"{name} cannot be built{size}: {error}.") from error
+        raise InputError(f"{name} cannot be built{asked}: {error}.") from error

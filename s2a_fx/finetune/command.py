@@ -3,16 +3,20 @@
 import argparse
 import ast
 import gc
+import os
 import sys
+import time
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from s2a_fx.arguments import not_negative, positive, size
+from s2a_fx.errors import S2AError
 from s2a_fx.finetune.interrupts import Stopped
 from s2a_fx.finetune.options import AMP, PARALLEL, FinetuneOptions
 from s2a_fx.finetune.run import finetune
 
+_PATIENCE = 5.0  # seconds; torchrun looks for ended processes ten times a second
 _DEFAULTS = {f.name: f.default for f in fields(FinetuneOptions)}
 
 
@@ -29,11 +33,13 @@ def add_finetune(commands: Any) -> None:
     parser.add_argument("model", metavar="MODEL", help="a timm model, for example vit_base_patch16_224")
     parser.add_argument("data", metavar="DATA", type=Path, help="a folder with train/ and val/, a folder a class in each")
 
-    add = _Group(parser, "what to tune, and on what")
+    add = _Group(parser, "what to tune, and on what; one of --pretrained, --checkpoint, --from-scratch must be given")
     add("--recipe", help="a recipe's name; s2a-fx passes lists them")
     add("--pretrained", action="store_true", help="begin with timm's weights from the hub")
     add("--checkpoint", metavar="FILE", type=Path, help="begin with timm weights from a file, .safetensors or a state dict")
-    add("--dataset", metavar="NAME", help="a data set of timm's create_dataset in DATA, for example torch/cifar10")
+    add("--from-scratch", action="store_true", help="begin with random weights")
+    add("--dataset", metavar="NAME", help="a data set of timm's create_dataset in DATA, for example torch/cifar10; no streams")
+    add("--download", action="store_true", help="let the data set fetch what DATA lacks")
     add("--train-split", metavar="NAME", help="the split to train on")
     add("--val-split", metavar="NAME", help="the split to evaluate on")
     add("--num-classes", metavar="N", type=positive, help="classes of the head (default: the data's)")
@@ -46,10 +52,20 @@ def add_finetune(commands: Any) -> None:
     add("--batch-size", metavar="N", type=positive, help="images in a step, of each process")
     add("--grad-accumulation", metavar="N", type=positive, help="batches before the weights are updated")
     add("--lr", metavar="X", type=float, help="highest learning rate; it falls along a cosine")
-    add("--weight-decay", metavar="X", type=float, help="of all that trains but biases and norms")
+    add("--weight-decay", metavar="X", type=float, help="of all that trains but biases, norms, tokens and position embeddings")
     add("--optimizer", metavar="NAME", help="one of timm's")
     add("--label-smoothing", metavar="X", type=float, help="share of a target that is spread over all classes")
-    add("--augment", metavar="POLICY", help="none, crop (random crop and flip), or a policy of timm's, for example rand-m9-mstd0.5")
+    add(
+        "--augment",
+        metavar="POLICY",
+        help="none (as in the evaluation), crop (random crop and flip), or a policy of timm's, for example rand-m9-mstd0.5",
+    )
+    add(
+        "--crop-pct",
+        metavar="X",
+        type=float,
+        help="share of an image's shorter side that its centre crop shows (default: the model's)",
+    )
     add("--mixup", metavar="ALPHA", type=float, help="mix images and labels in pairs")
     add("--cutmix", metavar="ALPHA", type=float, help="paste parts of images into others")
     add(
@@ -57,7 +73,7 @@ def add_finetune(commands: Any) -> None:
         action="store_true",
         help="keep the statistics of the model's batch norms: for small images or batches",
     )
-    add("--seed", metavar="N", type=not_negative, help="of all that is drawn")
+    add("--seed", metavar="N", type=not_negative, help="of all that is drawn, below 2**32")
 
     add = _Group(parser, "where to run")
     add("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
@@ -97,14 +113,25 @@ def _pair(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def _finetune(arguments: argparse.Namespace) -> int:
+def _say(line: str) -> None:
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:  # the reader, `head` say, has seen enough; the training goes on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print("s2a-fx: no one reads the output any more; the run goes on without it", file=sys.stderr)
 
+
+def _finetune(arguments: argparse.Namespace) -> int:
     gc.enable()  # `console` turns it off, for commands that are over soon
     given = {name: value for name, value in vars(arguments).items() if name in _DEFAULTS}
-    options = FinetuneOptions(**given, model_options=dict(getattr(arguments, "model_option", ())))
     try:
-        finetune(options, say=lambda line: print(line, flush=True))
+        options = FinetuneOptions(**given, model_options=dict(getattr(arguments, "model_option", ())))
+        finetune(options, say=_say)
     except Stopped as stop:
         print(f"s2a-fx: {stop}", file=sys.stderr)
         return 130
+    except S2AError:
+        if os.environ.get("LOCAL_RANK", "0") != "0":  # the first process tells it and ends, and torchrun then ends this one
+            time.sleep(_PATIENCE)
+        raise
     return 0

@@ -1,14 +1,18 @@
 """Data sets and loaders, by timm's factories."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
 import torch
+from PIL import Image
 from timm.data import Mixup, create_dataset, create_loader
 from torch.utils.data import IterableDataset
 from torch.utils.data.distributed import DistributedSampler
+from torchvision.transforms import Compose
 
 from s2a_fx.errors import InputError
 from s2a_fx.finetune.distributed import Processes
@@ -18,14 +22,15 @@ from s2a_fx.finetune.options import FinetuneOptions
 
 @dataclass(frozen=True)
 class DataSets:
-    """What is trained on, what is evaluated on, and how many classes both have."""
+    """What is trained on, what is evaluated on, how many classes both have, and their names in order, None if no one tells them."""
 
     train: Any
     val: Any
     classes: int
+    class_names: tuple[str, ...] | None = None
 
 
-def open_data(options: FinetuneOptions) -> DataSets:
+def open_data(options: FinetuneOptions, processes: Processes) -> DataSets:
     """The two splits of the run's data set.
 
     Raises:
@@ -33,16 +38,14 @@ def open_data(options: FinetuneOptions) -> DataSets:
     """
     if not options.dataset and not options.data.is_dir():
         raise InputError(f"{options.data}: there is no such folder; give one that holds train/ and val/, or name a --dataset.")
-    train = _split(options, options.train_split)
-    val = _split(options, options.val_split)
+    with processes.first_alone() if options.download else nullcontext():
+        train = _split(options, options.train_split)
+        val = _split(options, options.val_split)
     names, val_names = _class_names(train), _class_names(val)
-    if isinstance(names, dict) and isinstance(val_names, dict):
-        if strange := sorted(set(val_names) - set(names)):
-            raise InputError(
-                f"{options.data}: {', '.join(strange[:3])}: in the split {options.val_split!r} and not in {options.train_split!r}; "
-                "give both splits the same classes."
-            )
-        val = _split(options, options.val_split, class_map=names)  # a class without images must not shift the others
+    if names and val_names and names != val_names:
+        _check_names(options, names, val_names, movable=_classes_by_name(val) is not None)
+        places = {name: place for place, name in enumerate(names)}
+        val = _split(options, options.val_split, class_map=places)  # a class without images must not shift the others
     counted = options.num_classes if names is None else len(names)
     if counted is None:
         raise InputError(f"{options.dataset}: does not say how many classes it has; give --num-classes.")
@@ -50,14 +53,15 @@ def open_data(options: FinetuneOptions) -> DataSets:
     if classes < counted or counted < 2:
         wanted = "two at least" if counted < 2 else f"no more than the {classes} of --num-classes"
         raise InputError(f"{options.data}: got {counted} {'class' if counted == 1 else 'classes'}, wanted {wanted}.")
-    return DataSets(Drawn(train, options.seed), Drawn(val, options.seed), classes)
+    return DataSets(Drawn(train, options.seed), Drawn(val, options.seed), classes, names)
 
 
 def _split(options: FinetuneOptions, split: str, **settings: Any) -> Any:
     try:
-        dataset = create_dataset(options.dataset, root=str(options.data), split=split, **settings)
+        dataset = create_dataset(options.dataset, root=str(options.data), split=split, download=options.download, **settings)
     except Exception as error:  # each kind of data set has its own
-        raise InputError(f"{options.dataset or options.data}, split {split!r}: cannot be opened: {error}.") from error
+        fetch = "; --download fetches what can be had" if options.dataset and not options.download else ""
+        raise InputError(f"{options.dataset or options.data}, split {split!r}: cannot be opened: {error}{fetch}.") from error
     if isinstance(dataset, IterableDataset):
         raise InputError(f"{options.dataset}: is a stream; wanted a data set of known order: a folder, torch/... or hfds/...")
     if not options.dataset and dataset.reader.root == str(options.data):
@@ -69,11 +73,32 @@ def _split(options: FinetuneOptions, split: str, **settings: Any) -> Any:
     return dataset
 
 
-def _class_names(dataset: Any) -> Any:
-    """The classes as the data set tells them, a dictionary to their indices for a folder; None if it does not."""
-    reader = getattr(dataset, "reader", None)
-    labels = getattr(getattr(getattr(reader, "dataset", None), "features", {}).get("label"), "names", None)
-    return getattr(reader, "class_to_idx", None) or getattr(dataset, "classes", None) or labels
+def _check_names(options: FinetuneOptions, names: tuple[str, ...], val_names: tuple[str, ...], movable: bool) -> None:
+    """Refuse classes of one split that cannot be made those of the other; `movable`: the data set takes other indices."""
+    if strange := sorted(set(val_names) - set(names)):
+        raise InputError(
+            f"{options.data}: {', '.join(strange[:3])}: in the split {options.val_split!r} and not in {options.train_split!r}; "
+            "give both splits the same classes."
+        )
+    if not movable:
+        raise InputError(
+            f"{options.data}: the split {options.val_split!r} has {len(val_names)} classes of the {len(names)} of "
+            f"{options.train_split!r}, or in another order, and {options.dataset} takes no order; give both the same classes."
+        )
+
+
+def _class_names(dataset: Any) -> tuple[str, ...] | None:
+    """The classes in the order of their indices; None if the data set does not tell them."""
+    features = getattr(getattr(getattr(dataset, "reader", None), "dataset", None), "features", {})
+    labels = getattr(features.get("label"), "names", None)
+    by_name = _classes_by_name(dataset) or {}
+    found = sorted(by_name, key=by_name.__getitem__) or getattr(dataset, "classes", None) or labels
+    return tuple(map(str, found)) if found else None
+
+
+def _classes_by_name(dataset: Any) -> dict[str, int] | None:
+    """The indices that timm's reader gives to the classes; None for other data sets, which take none."""
+    return getattr(getattr(dataset, "reader", None), "class_to_idx", None) or None
 
 
 class Order(DistributedSampler[int]):
@@ -121,8 +146,7 @@ def make_loader(
             dataset,  # type: ignore[arg-type]
             input_size=config["input_size"],
             batch_size=options.batch_size,
-            is_training=train,
-            no_aug=options.augment == "none",
+            is_training=train and options.augment != "none",  # timm's no_aug would show other images than are evaluated
             auto_augment=None if options.augment in ("none", "crop") else options.augment,
             color_jitter=0.0,
             interpolation=config["interpolation"],
@@ -136,7 +160,10 @@ def make_loader(
         )
     except (AssertionError, ValueError, KeyError) as error:
         raise InputError(f"augment: timm refuses {options.augment!r}: {error}; give none, crop, or a policy of timm's.") from error
+    mode = "L" if config["input_size"][0] == 1 else "RGB"
+    dataset.transform = Compose([partial(Image.Image.convert, mode=mode), dataset.transform])
     order = Order(dataset, processes.count, processes.rank, shuffle=train, seed=options.seed, drop_last=train)
+    batches.loader.batch_sampler.drop_last = train
     batches.loader.batch_sampler.sampler = order  # one order for one process and for many, which can begin anywhere
     return Loader(batches, order, dataset)
 

@@ -45,6 +45,17 @@ class Processes:
         if self.count > 1:
             dist.barrier()
 
+    @contextmanager
+    def first_alone(self) -> Iterator[None]:
+        """The first process runs the body, and then the others together."""
+        if not self.first:
+            self.wait()
+        try:
+            yield
+        finally:
+            if self.first:
+                self.wait()
+
 
 @contextmanager
 def joined(device: str | None, parallel: str | None) -> Iterator[Processes]:

@@ -8,6 +8,7 @@ import torch
 from timm.data import resolve_data_config
 from timm.models import load_state_dict
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from s2a_fx.errors import InputError
 from s2a_fx.finetune.options import FinetuneOptions
@@ -43,10 +44,18 @@ def build_model(options: FinetuneOptions, classes: int, weights: bool = True) ->
     return model, new
 
 
-def image_shape(model: nn.Module, options: FinetuneOptions) -> tuple[int, int, int]:
-    """(C, H, W) of the images that the run gives to the model."""
-    channels, height, width = resolve_data_config({}, model=model)["input_size"]
-    return (channels, height, width) if options.image_size is None else (channels, options.image_size, options.image_size)
+def data_config(model: nn.Module, options: FinetuneOptions) -> dict[str, Any]:
+    """The images that the run gives to the model, as timm tells them: `input_size` (C, H, W), `mean`, `std`, `crop_pct`, ..."""
+    config: dict[str, Any] = resolve_data_config({"crop_pct": options.crop_pct}, model=model)
+    channels, *sides = config["input_size"]
+    if options.image_size is not None:
+        sides = [options.image_size] * 2
+    return {**config, "input_size": (options.channels or channels, *sides)}
+
+
+def batch_norms(model: nn.Module) -> tuple[str, ...]:
+    """The paths of a model's batch norms."""
+    return tuple(path for path, module in model.named_modules() if isinstance(module, _BatchNorm))
 
 
 def load_weights(model: nn.Module, file: Path) -> tuple[str, ...]:
@@ -72,7 +81,8 @@ def load_weights(model: nn.Module, file: Path) -> tuple[str, ...]:
     own = model.state_dict()
     heads = _heads(model)
     of_head = tuple(n for n in own if n.startswith(heads) and (n not in tensors or tensors[n].shape != own[n].shape))
-    missing = [name for name in own if name not in tensors and name not in of_head]
+    counts = ".num_batches_tracked"  # a batch norm that has a momentum needs none, and older files hold none
+    missing = [name for name in own if name not in tensors and name not in of_head and not name.endswith(counts)]
     strange = [name for name in tensors if name not in own and not name.startswith(heads)]
     sizes = [n for n, t in tensors.items() if n in own and t.shape != own[n].shape and n not in of_head]
     for kind, names in (("lacks", missing), ("also has", strange), ("has in another size", sizes)):

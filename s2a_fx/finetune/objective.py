@@ -1,11 +1,11 @@
 """Loss, optimizer and schedule, timm's and torch's own."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
 from timm.loss import SoftTargetCrossEntropy
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from torch import nn
 
@@ -22,14 +22,31 @@ def make_loss(options: FinetuneOptions) -> nn.Module:
     )
 
 
-def make_optimizer(model_or_parameters: nn.Module | Iterable[nn.Parameter], options: FinetuneOptions) -> torch.optim.Optimizer:
-    """timm's optimizer of the options' name, over what trains; biases and norms do not decay.
+def no_decay(model: nn.Module) -> frozenset[str]:
+    """The parameters that a timm model asks not to decay: tokens, position embeddings, biases of relative positions."""
+    return frozenset(getattr(model, "no_weight_decay", frozenset)())
+
+
+def make_optimizer(
+    model_or_parameters: nn.Module | Iterable[nn.Parameter], options: FinetuneOptions, not_decaying: Collection[str] = ()
+) -> torch.optim.Optimizer:
+    """timm's optimizer of the options' name, over what trains; biases, norms and what is named do not decay.
 
     Raises:
         InputError: timm knows none of this name.
     """
+
+    def groups(model: nn.Module) -> Any:
+        return param_groups_weight_decay(model, options.weight_decay, no_weight_decay_list=not_decaying)
+
     try:
-        return create_optimizer_v2(model_or_parameters, options.optimizer, options.lr, options.weight_decay)  # type: ignore[arg-type]
+        return create_optimizer_v2(
+            model_or_parameters,  # type: ignore[arg-type]
+            options.optimizer,
+            options.lr,
+            options.weight_decay,
+            param_group_fn=groups,
+        )
     except (AssertionError, ValueError) as error:
         raise InputError(f"optimizer: timm refuses {options.optimizer!r}: {error}; give adamw, sgd, lion, ...") from error
 

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import Mixup, resolve_data_config
+from timm.data import Mixup
 from timm.utils import random_seed
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from s2a_fx.analysis.blocks import residual_blocks
@@ -20,10 +19,11 @@ from s2a_fx.finetune.checkpoint import BEST, LAST, TASK, Epoch, Position, State,
 from s2a_fx.finetune.data import DataSets, Loader, make_loader, make_mixup, open_data, training_batches
 from s2a_fx.finetune.distributed import Processes, joined, shared
 from s2a_fx.finetune.evaluate import evaluate
+from s2a_fx.finetune.free_memory import free_bytes
 from s2a_fx.finetune.interrupts import Interrupts, Stopped, interrupts
-from s2a_fx.finetune.memory import Prediction, free_bytes, high_water, predict
-from s2a_fx.finetune.model import build_model, image_shape
-from s2a_fx.finetune.objective import make_loss, make_optimizer, make_scheduler
+from s2a_fx.finetune.memory import Prediction, high_water, predict
+from s2a_fx.finetune.model import batch_norms, build_model, data_config
+from s2a_fx.finetune.objective import make_loss, make_optimizer, make_scheduler, no_decay
 from s2a_fx.finetune.options import FinetuneOptions
 from s2a_fx.finetune.steps import Precision, training_steps
 from s2a_fx.recipes import resolve
@@ -82,8 +82,8 @@ def _finetune(options: FinetuneOptions, processes: Processes, say: Say) -> Finet
     stored = read(last) if options.resume else None
     if stored is None and last.exists():
         raise InputError(f"{last}: a run stands there already; go on with --resume, or give another --output.")
-    data = open_data(options)
-    prediction = predict(options, data.classes, processes.device)
+    data = open_data(options, processes)
+    prediction = predict(options, data.classes, processes)
     say(str(prediction))
     _check_fit(prediction, options, processes, say)
     measured = high_water(processes.device)
@@ -129,6 +129,7 @@ class _Run:
     model: nn.Module  # what is called to train: the graph, wrapped
     state: State
     scheduler: Any
+    updates_per_epoch: int
     loss: nn.Module
     mixup: Mixup | None
     precision: Precision
@@ -136,10 +137,6 @@ class _Run:
     train_loader: Loader
     val_loader: Loader
     say: Say
-
-    @property
-    def updates_per_epoch(self) -> int:
-        return len(self.train_loader) // self.options.grad_accumulation
 
     @property
     def images_per_update(self) -> int:
@@ -232,16 +229,15 @@ def _prepare(options: FinetuneOptions, data: DataSets, processes: Processes, say
     model, new = build_model(options, data.classes)
     if new:
         say(f"the weights given are for another head: {', '.join(new)} begin at zero")
-    size = image_shape(model, options)
-    config = {**resolve_data_config({}, model=model), "input_size": size}
+    config = data_config(model, options)
     loaders = [make_loader(d, config, options, processes, processes.device, d is data.train) for d in (data.train, data.val)]
     if len(loaders[0]) < options.grad_accumulation:
         raise InputError(
             f"batch_size: {len(data.train)} training images do not fill one step of {options.grad_accumulation} x "
             f"{options.batch_size} in each of {processes.count} processes; take a smaller one."
         )
-    norms = [path for path, m in model.named_modules() if isinstance(m, _BatchNorm)] if options.freeze_batch_norm else []
-    x = torch.empty(options.batch_size, *size, device="meta")
+    norms = batch_norms(model) if options.freeze_batch_norm else ()
+    x = torch.empty(options.batch_size, *config["input_size"], device="meta")
     blocks = [block.path for block in residual_blocks(trace(model, x))] if processes.parallel == "fsdp" else []
     gm = transform(model, x, options.recipe).train()
     if not any(p.requires_grad for p in gm.parameters()):
@@ -251,11 +247,12 @@ def _prepare(options: FinetuneOptions, data: DataSets, processes: Processes, say
     if options.channels_last:
         gm.to(memory_format=torch.channels_last)
     wrapped = shared(gm, processes, blocks)
-    optimizer = make_optimizer(gm, options)
+    optimizer = make_optimizer(gm, options, no_decay(model))
     updates = len(loaders[0]) // options.grad_accumulation
     scheduler = make_scheduler(optimizer, options, updates)
     precision = Precision(processes.device.type, options.amp)
-    described = {**options.of_the_result(), "processes": processes.count, "images": len(data.train)}
+    names = None if data.class_names is None else list(data.class_names)
+    described = {**options.of_the_result(), "processes": processes.count, "images": len(data.train), "class_names": names}
     return _Run(
         options=options,
         processes=processes,
@@ -263,6 +260,7 @@ def _prepare(options: FinetuneOptions, data: DataSets, processes: Processes, say
         model=torch.compile(wrapped) if options.compile else wrapped,  # type: ignore[arg-type]
         state=State(gm, optimizer, precision.scaler, described, base),
         scheduler=scheduler,
+        updates_per_epoch=updates,
         loss=make_loss(options),
         mixup=make_mixup(options, data.classes),
         precision=precision,

@@ -68,6 +68,13 @@ def test_the_rate_is_chosen_on_validation_images_with_the_first_seed(accuracy, s
     assert accuracy.best_rate(runs) == 1e-3
 
 
+def test_differences_are_of_the_same_seed(accuracy):
+    figures = {"kept_bytes": 1, "peak_bytes": 1, "trained_percent": 1.0, "trained_percent_without_head": 1.0, "time_over_full": 1.0}
+    full = accuracy.Row("m", "full", lr=1.0, test=(0.5, 0.6, 0.9), seeds=(0, 1, 2), **figures)
+    ours = accuracy.Row("m", "s2a", lr=1.0, test=(0.6, 0.9), seeds=(1, 2), **figures)
+    assert accuracy.table([full, ours]).splitlines()[-1].split("|")[4].strip() == "0.00 ± 0.00"
+
+
 def test_runs_of_another_setting_are_not_read(accuracy, setting, tmp_path):
     other = accuracy.Setting(20, 8, 12, epochs=2, warmup=0, batch_size=4)
     runs = [accuracy.Run("m", "full", 1e-3, 0, s, 0.0, 0.5, 0.5, 1.0) for s in (setting, other)]

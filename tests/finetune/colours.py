@@ -36,11 +36,12 @@ def small_run(data: Path, output: Path, **changes: Any) -> FinetuneOptions:
         image_size=32,
         lr=3e-3,
         workers=0,
+        from_scratch=True,
         device="cpu",
         output=output,
         model_options={**SMALL, "drop_path_rate": 0.1, "proj_drop_rate": 0.1},
     )
-    return replace(options, **changes)
+    return replace(options, **{"from_scratch": "checkpoint" not in changes, **changes})
 
 
 def stored(output: Path, name: str = "last.pt") -> dict[str, Any]:

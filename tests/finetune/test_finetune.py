@@ -1,5 +1,8 @@
 """What a run does when nothing goes wrong, and what it says."""
 
+import os
+import sys
+
 import pytest
 import torch
 from colours import SMALL, small_run, stored
@@ -8,6 +11,9 @@ from torch import nn
 
 from s2a_fx.cli import main
 from s2a_fx.finetune import Precision, evaluate, finetune, training_steps
+from s2a_fx.finetune.model import build_model
+from s2a_fx.finetune.objective import make_optimizer, no_decay
+from s2a_fx.trace import trace
 
 
 def test_the_loss_falls_and_accuracy_beats_chance(whole_run):
@@ -45,6 +51,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written_and_can_be_forc
         str(tmp_path / "run"),
         "--memory",
         "0.5MB",
+        "--from-scratch",
         "--device",
         "cpu",
     ]
@@ -100,6 +107,36 @@ def test_the_rate_rises_and_falls_as_in_the_paper(colours, tmp_path):
 def test_a_data_set_of_torchvision(colours, tmp_path):
     result = finetune(small_run(colours, tmp_path / "run", epochs=1, recipe="linear", dataset="torch/image_folder"))
     assert result.best.accuracy.top1 > 0
+
+
+def test_grey_images(colours, tmp_path):
+    finetune(small_run(colours, tmp_path / "run", epochs=1, recipe="full", model_options={**SMALL, "in_chans": 1}))
+    assert stored(tmp_path / "run")["trained"]["patch_embed.proj.weight"].shape[1] == 1
+
+
+def test_a_run_whose_output_no_one_reads_any_more_goes_on(colours, tmp_path, monkeypatch, capsys):
+    read, write = os.pipe()
+    os.close(read)
+    command = ["finetune", "resnet10t", str(colours), "--output", str(tmp_path / "run"), "--device", "cpu", "--from-scratch"]
+    command += ["--recipe", "linear", "--image-size", "32", "--epochs", "1", "--workers", "0"]
+    with os.fdopen(write, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        assert main(command) == 0
+    assert "the run goes on without it" in capsys.readouterr().err
+    assert (tmp_path / "run" / "task.safetensors").exists()
+
+
+def test_what_is_trained_and_decays(tmp_path):
+    options = small_run(tmp_path, tmp_path, model_options=SMALL, recipe="full")
+    model, _ = build_model(options, 3)
+    model.blocks.requires_grad_(False)
+    gm = trace(model, torch.randn(2, 3, 32, 32))
+    groups = make_optimizer(gm, options, no_decay(model)).param_groups
+    decaying = {id(p): group["weight_decay"] > 0 for group in groups for p in group["params"]}
+    found = {name: decaying.get(id(p)) for name, p in gm.named_parameters()}
+    assert found["head.weight"] and found["patch_embed.proj.weight"]
+    assert not any((found["pos_embed"], found["cls_token"], found["head.bias"], found["norm.weight"]))
+    assert found["blocks.0.mlp.fc1.weight"] is None
 
 
 def test_the_task_file_holds_the_best_weights(whole_run):

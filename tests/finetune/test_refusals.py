@@ -1,6 +1,8 @@
 """What cannot be asked for is told in one line, before anything is written."""
 
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from colours import small_run, write_colours
 from s2a_fx.cli import main
 from s2a_fx.errors import S2AError
 from s2a_fx.finetune import FinetuneOptions, finetune
+from s2a_fx.finetune.model import load_weights
 from s2a_fx.zoo import create_model
 
 
@@ -49,6 +52,7 @@ def _black_image(folder):
     [
         ({"model": "vit_tini_patch16_224"}, "unknown model.*vit_tiny_patch16_224"),
         ({"recipe": "s3a"}, "unknown recipe 's3a'"),
+        ({"model_options": {"foo": 5}}, "cannot be built for 32 x 32 images with foo=5: .*unexpected keyword argument 'foo'"),
         ({"optimizer": "adamv"}, "optimizer: timm refuses 'adamv'"),
         ({"augment": "nonsense"}, "augment: timm refuses 'nonsense'"),
         ({"num_classes": 2}, "got 3 classes, wanted no more than the 2"),
@@ -66,7 +70,8 @@ def test_option(changes, told, colours, tmp_path):
     "changes",
     [
         {"epochs": 0}, {"lr": 0.0}, {"label_smoothing": 1.0}, {"amp": "int8"}, {"warmup_epochs": 80},
-        {"batch_size": 3, "mixup": 0.1}, {"workers": -1}, {"parallel": "tp"}, {"pretrained": True, "checkpoint": "file"},
+        {"batch_size": 3, "mixup": 0.1}, {"workers": -1}, {"parallel": "tp"}, {"seed": 5_000_000_000}, {"crop_pct": 0.0},
+        {"model_options": {"num_classes": 5}}, {"model_options": {"in_chans": 4}}, {"pretrained": True, "checkpoint": "file"},
     ],
     ids=str,
 )  # fmt: skip
@@ -75,13 +80,27 @@ def test_value(changes, tmp_path):
         FinetuneOptions("vit_tiny_patch16_224", tmp_path, **changes)
 
 
+def test_a_run_that_no_weights_are_named_for(tmp_path, capsys):
+    with pytest.raises(S2AError, match=r"got 0 sources of weights.*--pretrained.*--checkpoint FILE.*--from-scratch"):
+        FinetuneOptions("vit_tiny_patch16_224", tmp_path)
+    assert main(["finetune", "vit_tiny_patch16_224", str(tmp_path)]) == 2
+    assert "--from-scratch" in capsys.readouterr().err
+
+
 def test_weights_of_another_model(colours, tmp_path):
     file = tmp_path / "weights.pt"
-    _refused(small_run(colours, tmp_path / "run", checkpoint=file), "there is no such file")
+    _refused(small_run(colours, tmp_path / "run", checkpoint=str(file)), "there is no such file")
     file.write_bytes(b"not weights")
     _refused(small_run(colours, tmp_path / "run", checkpoint=file), "cannot be read as weights")
     torch.save(create_model("resnet10t").state_dict(), file)
     _refused(small_run(colours, tmp_path / "run", checkpoint=file), "the weights of another model: lacks")
+
+
+def test_weights_without_the_counts_of_batch_norms_are_taken(tmp_path):
+    theirs, ours = create_model("resnet10t"), create_model("resnet10t")
+    torch.save({name: t for name, t in theirs.state_dict().items() if "num_batches" not in name}, tmp_path / "weights.pt")
+    assert load_weights(ours, tmp_path / "weights.pt") == ()
+    assert all(torch.equal(a, b) for a, b in zip(theirs.parameters(), ours.parameters(), strict=True))
 
 
 def test_a_file_that_would_run_code_is_refused(colours, tmp_path):
@@ -99,6 +118,14 @@ def test_a_head_of_another_size_begins_at_zero_and_is_said(colours, tmp_path):
     assert any("head.weight, head.bias" in line and "begin at zero" in line for line in lines)
 
 
+@pytest.mark.slow
+def test_of_several_processes_one_tells_it(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "s2a_fx.cli"]
+    command += ["finetune", "vit_tiny_patch16_224", str(tmp_path / "none"), "--from-scratch", "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode and done.stderr.count("there is no such folder") == 1
+
+
 def test_command_line_tells_it_on_one_line_and_exits_with_2(tmp_path, capsys):
-    assert main(["finetune", "vit_tiny_patch16_224", str(tmp_path / "none")]) == 2
+    assert main(["finetune", "vit_tiny_patch16_224", str(tmp_path / "none"), "--from-scratch"]) == 2
     assert capsys.readouterr().err.startswith("s2a-fx: error: ")

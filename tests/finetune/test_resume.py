@@ -114,6 +114,7 @@ def test_a_damaged_checkpoint_is_told(colours, tmp_path):
 def test_the_command_line_exits_with_130_and_says_how_to_go_on(colours, tmp_path, monkeypatch, capsys):
     command = ["finetune", "vit_tiny_patch16_224", str(colours), "--output", str(tmp_path / "run"), "--device", "cpu"]
     command += ["--image-size", "32", "--epochs", "1", "--batch-size", "8", "--workers", "0", "--recipe", "linear"]
+    command += ["--from-scratch"]
     command += [word for name, value in SMALL.items() for word in ("--model-option", f"{name}={value}")]
     _at_batch(monkeypatch, 2, lambda: signal.raise_signal(signal.SIGINT))
     assert main(command) == 130

@@ -1,0 +1,83 @@
+"""What images a run is shown, and what classes it takes them for."""
+
+import shutil
+from contextlib import contextmanager
+
+import pytest
+import torch
+from colours import small_run, write_colours
+from PIL import Image
+
+import s2a_fx.finetune.data as data
+from s2a_fx.errors import InputError
+from s2a_fx.finetune import finetune
+from s2a_fx.finetune.data import make_loader, open_data
+from s2a_fx.finetune.distributed import Processes
+from s2a_fx.finetune.model import build_model, data_config
+
+
+def _loaders(options):
+    model, _ = build_model(options, 3)
+    found = open_data(options, Processes())
+    settings = (data_config(model, options), options, Processes(), torch.device("cpu"))
+    return make_loader(found.train, *settings, train=True), make_loader(found.val, *settings, train=False)
+
+
+@pytest.mark.parametrize("crop_pct", [None, 0.5])
+def test_without_augmentation_the_images_are_those_of_the_evaluation(crop_pct, colours, tmp_path):
+    train, val = _loaders(small_run(colours, tmp_path, augment="none", crop_pct=crop_pct, batch_size=10))
+    noise = Image.effect_noise((90, 60), 100)
+    assert (train.dataset.transform(noise) == val.dataset.transform(noise)).all()
+    assert [len(images) for images, _ in train.from_batch(0)] == [10] * 4  # of 48
+    assert [len(images) for images, _ in val.from_batch(0)] == [10, 8]
+
+
+def test_a_smaller_crop_shows_less(colours, tmp_path):
+    white_frame = Image.new("RGB", (64, 64), "white")
+    white_frame.paste((0, 0, 0), (16, 16, 48, 48))
+    seen = [_loaders(small_run(colours, tmp_path, crop_pct=c))[1].dataset.transform(white_frame).max() for c in (1.0, 0.4)]
+    assert seen == [255, 0]
+
+
+@pytest.mark.parametrize("dataset", ["", "torch/image_folder"])
+def test_class_names_stand_in_the_order_of_their_indices(dataset, colours, tmp_path):
+    assert open_data(small_run(colours, tmp_path, dataset=dataset), Processes()).class_names == ("blue", "green", "red")
+
+
+def test_a_class_that_the_evaluation_lacks_shifts_no_other(tmp_path):
+    folder = write_colours(tmp_path / "data", 2, 1)
+    shutil.rmtree(folder / "val" / "blue")
+    options = small_run(folder, tmp_path / "run")
+    assert [target for _, target in open_data(options, Processes()).val] == [1, 2]
+    with pytest.raises(InputError, match=r"has 2 classes of the 3.*give both the same classes"):
+        open_data(small_run(folder, tmp_path / "run", dataset="torch/image_folder"), Processes())
+
+
+def test_a_run_is_not_resumed_on_other_classes(tmp_path):
+    folder = write_colours(tmp_path / "data", 4, 1)
+    options = small_run(folder, tmp_path / "run", epochs=1, recipe="linear")
+    finetune(options)
+    for split in ("train", "val"):
+        (folder / split / "red").rename(folder / split / "crimson")
+    with pytest.raises(InputError, match=r"class_names .*'red'.*got .*'crimson'"):
+        finetune(small_run(folder, tmp_path / "run", epochs=1, recipe="linear", resume=True))
+
+
+def test_a_data_set_is_fetched_by_the_first_process_alone(colours, tmp_path, monkeypatch):
+    asked = []
+
+    class Several(Processes):
+        @contextmanager
+        def first_alone(self):
+            asked.append("alone")
+            yield
+            asked.append("together")
+
+    def create(name, download, **settings):
+        asked.append(download)
+        return create_dataset("", **settings)
+
+    create_dataset = data.create_dataset
+    monkeypatch.setattr(data, "create_dataset", create)
+    open_data(small_run(colours, tmp_path, dataset="torch/made", download=True), Several())
+    assert asked == ["alone", True, True, "together"]

@@ -170,7 +170,7 @@ class _Run:
         """Write the best epoch's weights as a task file."""
         self.state.restore_weights(read(self.options.folder / BEST))
         if self.processes.first or self.processes.parallel == "fsdp":  # of a sharded model, all give what they have
-            save_adapter(self.state.gm, self.options.folder / TASK)
+            save_adapter(self.state.gm, self.options.folder / TASK, self.data.class_names)
         self.processes.wait()
 
     def _epoch(self, position: Position, prediction: Prediction, measured: Callable[[], int | None], asked: Interrupts) -> Position:

@@ -2,7 +2,6 @@
 
 import re
 import shlex
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,9 +11,7 @@ from colours import COLOURS, write_colours
 from PIL import Image
 from safetensors.torch import save_file
 
-import s2a_fx
 from s2a_fx.cli import main
-from s2a_fx.finetune import run
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 
@@ -28,7 +25,6 @@ def test_readme_goes_from_images_to_a_prediction(tmp_path, monkeypatch, capsys):
     write_colours(Path("digits"))
     save_file(timm.create_model("tf_efficientnet_lite0").state_dict(), "digits/lite0.safetensors")
     Image.new("RGB", (40, 40), COLOURS["red"]).save("digit.png")
-    monkeypatch.setattr(run, "save_adapter", partial(s2a_fx.save_adapter, classes=sorted(COLOURS)))
     assert main([*shlex.split(command[1]), "--device", "cpu", "--workers", "0"]) == 0
     capsys.readouterr()
     exec(prediction[1], {})

@@ -13,6 +13,7 @@ from torch.utils.data.distributed import DistributedSampler
 from s2a_fx.errors import InputError
 from s2a_fx.finetune.distributed import Processes
 from s2a_fx.finetune.draws import Drawn, draw_for_batch
+from s2a_fx.finetune.interrupts import stand_apart
 from s2a_fx.finetune.options import FinetuneOptions
 
 
@@ -136,6 +137,7 @@ def make_loader(
         )
     except (AssertionError, ValueError, KeyError) as error:
         raise InputError(f"augment: timm refuses {options.augment!r}: {error}; give none, crop, or a policy of timm's.") from error
+    batches.loader.worker_init_fn = stand_apart  # timm's only seeds, and each image has draws of its own
     order = Order(dataset, processes.count, processes.rank, shuffle=train, seed=options.seed, drop_last=train)
     batches.loader.batch_sampler.sampler = order  # one order for one process and for many, which can begin anywhere
     return Loader(batches, order, dataset)

@@ -66,6 +66,8 @@ def test_option(changes, told, colours, tmp_path):
     "changes",
     [
         {"epochs": 0}, {"lr": 0.0}, {"label_smoothing": 1.0}, {"amp": "int8"}, {"warmup_epochs": 80},
+        {"lr": float("nan")}, {"mixup": float("inf")},
+        {"weight_decay": float("nan")}, {"model_options": {"norm_layer": torch.nn.LayerNorm}},
         {"batch_size": 3, "mixup": 0.1}, {"workers": -1}, {"parallel": "tp"}, {"pretrained": True, "checkpoint": "file"},
     ],
     ids=str,

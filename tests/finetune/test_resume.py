@@ -101,15 +101,15 @@ import multiprocessing, sys, time
 from pathlib import Path
 sys.path.append(sys.argv[1])
 from colours import small_run
-import s2a_fx.finetune.data as data
+import s2a_fx.finetune.draws as draws
 from s2a_fx.finetune import finetune
 
 def slowly(*place):
-    time.sleep(0.05)
+    time.sleep(0.03)
     drawn(*place)
 
+drawn, draws.draw_for_image = draws.draw_for_image, slowly  # the run waits for images nearly always
 if __name__ == "__main__":
-    drawn, data.draw_for_batch = data.draw_for_batch, slowly
     multiprocessing.set_start_method(sys.argv[4])
     finetune(small_run(Path(sys.argv[2]), Path(sys.argv[3]), save_every=1, workers=1))
 """
@@ -148,8 +148,10 @@ def test_after_a_kill_at_any_moment(moment, colours, whole_run, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("start", ["fork", "spawn", "forkserver"])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize(
+    ("number", "start"),  # a fork server, itself of the group, does not outlive SIGTERM
+    [(signal.SIGINT, "spawn"), (signal.SIGINT, "forkserver"), (signal.SIGTERM, "fork"), (signal.SIGTERM, "spawn")],
+)
 def test_a_signal_to_all_processes_stops_the_run_alone(number, start, colours, tmp_path):
     started = _started_slowly(tmp_path, colours, start, 0, 2)
     os.killpg(started.pid, number)

@@ -37,6 +37,9 @@ def main(arguments: Sequence[str] | None = None, jobs: int = 1) -> int:
     except S2AError as error:
         print(f"s2a-fx: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("s2a-fx: interrupted", file=sys.stderr)
+        return 130
 
 
 def console() -> None:

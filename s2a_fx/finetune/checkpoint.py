@@ -4,10 +4,13 @@ A checkpoint holds what changes: the weights that train, buffers, the optimizer'
 weights come again from where they came, and a fingerprint tells whether they are the same: a checkpoint of a ViT-B is 10 MB
 instead of 350, and can be written every few steps. Generators have no state to be stored: see `draws.py`.
 
-Files are written whole or not at all, and read as tensors, numbers and strings: no code that a file may hold is run.
+Files are written whole or not at all, and read as tensors, numbers and strings: no code that a file may hold is run. A digest of
+all that a file says tells a damaged one from a whole one; it is no signature.
 """
 
+import hashlib
 from dataclasses import asdict, dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +22,11 @@ from s2a_fx.finetune.distributed import spread
 from s2a_fx.finetune.evaluate import Accuracy
 from s2a_fx.sharded import laid_out_like, whole
 from s2a_fx.tasks.base_digests import persistent
+from s2a_fx.tasks.task_file import bytes_of
 from s2a_fx.whole_file import written_whole
 
 LAST, BEST, TASK = "last.pt", "best.pt", "task.safetensors"
+VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -107,7 +112,7 @@ class State:
         return {name: t for name, t in persistent(self.gm).items() if not isinstance(t, nn.Parameter)}
 
     def check(self, record: dict[str, Any], file: Path) -> None:
-        """Raise `InputError` if the record is of another run."""
+        """Raise `InputError` if the record is of another run, before anything of it is copied."""
         for name, value in self.options.items():
             if record["options"].get(name) != value:
                 raise InputError(
@@ -116,6 +121,20 @@ class State:
                 )
         if record["fingerprint"] != self.fingerprint:
             raise InputError(f"{file}: its run began with other weights; give the same --pretrained or --checkpoint.")
+        tensors = {n: t for n, t in persistent(self.gm).items() if t.requires_grad or not isinstance(t, nn.Parameter)}
+        found = {**record["trained"], **record["buffers"]}
+        if strange := [name for name in {**tensors, **found} if not _alike(tensors.get(name), found.get(name))]:
+            raise InputError(
+                f"{file}: its tensors are not those of this model: {', '.join(strange[:3])}{', ...' if strange[3:] else ''}; "
+                "resume with the versions of timm and s2a_fx that the run began with."
+            )
+        stored, wanted = record["optimizer"]["param_groups"], self.optimizer.state_dict()["param_groups"]
+        if [group["params"] for group in stored] != [group["params"] for group in wanted]:
+            raise InputError(f"{file}: its optimizer has other groups of parameters; resume with the timm that the run began with.")
+
+
+def _alike(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    return one is not None and other is not None and one.shape == other.shape and one.dtype == other.dtype
 
 
 def write(record: dict[str, Any], file: Path) -> None:
@@ -125,27 +144,56 @@ def write(record: dict[str, Any], file: Path) -> None:
         InputError: the file cannot be written.
     """
     part = file.with_name(f".{file.name}.part")  # of one name: what a killed run leaves is written over
+    data = BytesIO()  # torch.save turns a full disk into an error of its own
+    torch.save({"version": VERSION, "digest": _digest(record), "run": record}, data)
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
         with written_whole(file, part) as stream:
-            torch.save(record, stream)
+            stream.write(data.getbuffer())
     except OSError as error:
         raise InputError(f"{file}: cannot be written: {error.strerror}.") from error
+
+
+def require(file: Path) -> None:
+    """Raise `InputError` if there is no such file."""
+    if not file.is_file():
+        raise InputError(f"{file}: there is no checkpoint to resume from; leave out --resume, or give the --output of the run.")
 
 
 def read(file: Path) -> dict[str, Any]:
     """Read a checkpoint.
 
     Raises:
-        InputError: there is none, or it is no checkpoint of a run.
+        InputError: there is none, it is no checkpoint of a run, of another version, or damaged.
     """
-    if not file.is_file():
-        raise InputError(f"{file}: there is no checkpoint to resume from; leave out --resume, or give the --output of the run.")
+    require(file)
     try:
-        record = torch.load(file, map_location="cpu", weights_only=True)
-        record["trained"], record["options"], record["position"]
-    except Exception as error:
-        raise InputError(
-            f"{file}: is no checkpoint of s2a-fx finetune, or a damaged one; begin anew in another --output."
-        ) from error
+        stored = torch.load(file, map_location="cpu", weights_only=True)
+        version, record = stored["version"], stored["run"]
+        whole = version != VERSION or stored["digest"] == _digest(record)
+    except Exception as error:  # a damaged archive has errors of many kinds
+        raise _damaged(file) from error
+    if version != VERSION:
+        raise InputError(f"{file}: is of version {version!r}, this s2a_fx reads {VERSION}; resume with the one that wrote it.")
+    if not whole:
+        raise _damaged(file)
     return record  # type: ignore[no-any-return]
+
+
+def _damaged(file: Path) -> InputError:
+    return InputError(f"{file}: is no checkpoint of s2a-fx finetune, or a damaged one; begin anew in another --output.")
+
+
+def _digest(record: Any) -> str:
+    """One sha256 for all values of a record, however they are nested."""
+    digest = hashlib.sha256()
+    if isinstance(record, dict):
+        parts = [*map(repr, record), *map(_digest, record.values())]
+    elif isinstance(record, list | tuple):
+        parts = [_digest(value) for value in record]
+    elif isinstance(record, torch.Tensor):
+        parts = [str(record.dtype), str(record.shape)]
+        digest.update(bytes_of(record))
+    else:
+        parts = [repr(record)]
+    digest.update("\n".join(parts).encode())
+    return digest.hexdigest()

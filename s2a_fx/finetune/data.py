@@ -1,7 +1,6 @@
 """Data sets and loaders, by timm's factories."""
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -17,6 +16,7 @@ from torchvision.transforms import Compose
 from s2a_fx.errors import InputError
 from s2a_fx.finetune.distributed import Processes
 from s2a_fx.finetune.draws import Drawn, draw_for_batch
+from s2a_fx.finetune.interrupts import stand_apart
 from s2a_fx.finetune.options import FinetuneOptions
 
 
@@ -38,9 +38,10 @@ def open_data(options: FinetuneOptions, processes: Processes) -> DataSets:
     """
     if not options.dataset and not options.data.is_dir():
         raise InputError(f"{options.data}: there is no such folder; give one that holds train/ and val/, or name a --dataset.")
-    with processes.first_alone() if options.download else nullcontext():
-        train = _split(options, options.train_split)
-        val = _split(options, options.val_split)
+    if options.download:
+        processes.of_first(lambda: _fetch(options))
+    train = _split(options, options.train_split)
+    val = _split(options, options.val_split)
     names, val_names = _class_names(train), _class_names(val)
     if names and val_names and names != val_names:
         _check_names(options, names, val_names, movable=_classes_by_name(val) is not None)
@@ -54,6 +55,12 @@ def open_data(options: FinetuneOptions, processes: Processes) -> DataSets:
         wanted = "two at least" if counted < 2 else f"no more than the {classes} of --num-classes"
         raise InputError(f"{options.data}: got {counted} {'class' if counted == 1 else 'classes'}, wanted {wanted}.")
     return DataSets(Drawn(train, options.seed), Drawn(val, options.seed), classes, names)
+
+
+def _fetch(options: FinetuneOptions) -> None:
+    """Open both splits for what that downloads."""
+    for split in (options.train_split, options.val_split):
+        _split(options, split)
 
 
 def _split(options: FinetuneOptions, split: str, **settings: Any) -> Any:
@@ -162,6 +169,7 @@ def make_loader(
         raise InputError(f"augment: timm refuses {options.augment!r}: {error}; give none, crop, or a policy of timm's.") from error
     mode = "L" if config["input_size"][0] == 1 else "RGB"
     dataset.transform = Compose([partial(Image.Image.convert, mode=mode), dataset.transform])
+    batches.loader.worker_init_fn = stand_apart  # timm's only seeds, and each image has draws of its own
     order = Order(dataset, processes.count, processes.rank, shuffle=train, seed=options.seed, drop_last=train)
     batches.loader.batch_sampler.drop_last = train
     batches.loader.batch_sampler.sampler = order  # one order for one process and for many, which can begin anywhere

@@ -1,9 +1,9 @@
 """One process or several: who is who, how weights and gradients are shared."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,8 +12,10 @@ from torch import fx, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from s2a_fx.errors import InputError
+from s2a_fx.errors import InputError, S2AError
 from s2a_fx.finetune.units import make_units
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -40,21 +42,28 @@ class Processes:
         """Whether it is so in any process."""
         return here if self.count == 1 else bool(self.added(torch.tensor(int(here), device=self.device)))
 
-    def wait(self) -> None:
-        """Until all are here."""
-        if self.count > 1:
-            dist.barrier()
+    def average(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Give each tensor the mean of its values in all processes."""
+        if self.count == 1 or not tensors:
+            return
+        means = self.added(torch.cat([t.flatten() for t in tensors])) / self.count
+        for tensor, mean in zip(tensors, means.split([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(mean.view_as(tensor))
 
-    @contextmanager
-    def first_alone(self) -> Iterator[None]:
-        """The first process runs the body, and then the others together."""
-        if not self.first:
-            self.wait()
-        try:
-            yield
-        finally:
-            if self.first:
-                self.wait()
+    def of_first(self, make: Callable[[], T]) -> T:
+        """What `make` returns in the first process, in all of them; what it raises is raised in all. The others wait for it."""
+        if self.count == 1:
+            return make()
+        made: list[Any] = [None]
+        if self.first:
+            try:
+                made = [make()]
+            except S2AError as error:
+                made = [error]
+        dist.broadcast_object_list(made, device=self.device)
+        if isinstance(made[0], S2AError):
+            raise made[0]
+        return made[0]  # type: ignore[no-any-return]
 
 
 @contextmanager
@@ -88,7 +97,12 @@ def shared(gm: fx.GraphModule, processes: Processes, blocks: Sequence[str]) -> n
     FSDP2 gathers the weights of one of the `blocks` at a time, and those of the rest of the model together.
     """
     if processes.parallel == "ddp":
-        return DistributedDataParallel(gm, device_ids=[processes.device] if processes.device.type == "cuda" else None)
+        return DistributedDataParallel(
+            gm,
+            device_ids=[processes.device] if processes.device.type == "cuda" else None,
+            broadcast_buffers=False,  # the run averages statistics, and nothing else differs
+            gradient_as_bucket_view=True,  # no second copy of the gradients
+        )
     if processes.parallel == "fsdp":
         # A block is the least that is right. FSDP2 gathers a module's weights when it is called, and a group for each layer would
         # leave out those that coded layers read and recomputed branches run without calling their module: most of a ViT's.
@@ -103,6 +117,7 @@ def shared(gm: fx.GraphModule, processes: Processes, blocks: Sequence[str]) -> n
 
 def without_sync(model: nn.Module, without: bool) -> AbstractContextManager[Any]:
     """A context in which a backward adds up gradients in this process alone, if `without`."""
+    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper is neither
     if isinstance(model, DistributedDataParallel) and without:
         return model.no_sync()
     if isinstance(model, FSDPModule):

@@ -1,6 +1,6 @@
 """What a run will take, and what it took."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from s2a_fx.finetune.objective import make_loss, make_optimizer
 from s2a_fx.finetune.options import FinetuneOptions
 from s2a_fx.finetune.steps import Precision
 from s2a_fx.finetune.units import make_units
+from s2a_fx.recipes import GraphPass
 from s2a_fx.report import MB, MemoryReport
 from s2a_fx.trace import trace
 from s2a_fx.transform import transform
@@ -28,14 +29,12 @@ class Prediction:
     """What a step takes on the device, in bytes.
 
     Attributes:
-        recipe: its name.
         report: of one step in a process that is alone.
         peak_bytes: of this process.
         beside: the next batch of images, which stands beside the step that the report simulates.
         caveats: what the figure does not tell to the byte.
     """
 
-    recipe: str
     report: MemoryReport
     peak_bytes: int
     beside: int
@@ -48,7 +47,7 @@ class Prediction:
     def __str__(self) -> str:
         r = self.report
         told = (
-            f"{r.title()}\n{self.recipe}: trains {r.trainable_parameters / 1e6:.3f} M parameters ({r.trainable_percent:.2f} %), "
+            f"{r.title()}\n{r.recipe}: trains {r.trainable_parameters / 1e6:.3f} M parameters ({r.trainable_percent:.2f} %), "
             f"keeps {r.saved_bytes / MB:,.1f} MB, peaks at {self.peak_bytes / MB:,.1f} MB; "
             f"with the next batch of images {self.bytes / MB:,.1f} MB"
         )
@@ -89,7 +88,7 @@ def predict(options: FinetuneOptions, classes: int, processes: Processes) -> Pre
         caveats.append("an upper estimate: operators count one by one, and the compiler fuses them")
     if options.amp and device == "cuda":
         caveats.append("a low estimate: norms and softmax, which autocast runs in float32 on a GPU, count in half precision")
-    return Prediction(options.recipe, report, peak, 4 * x.numel(), tuple(caveats))
+    return Prediction(report, peak, 4 * x.numel(), tuple(caveats))
 
 
 def _loss(options: FinetuneOptions, classes: int) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -125,7 +124,7 @@ def _peak_beside_gradients(report: MemoryReport, largest: int) -> int:
     return max(m.bytes - m.of("gradient") for m in report.timeline) + trained + min(largest, trained)
 
 
-def _unit_bytes(model: nn.Module, x: torch.Tensor, recipe: str) -> list[int]:
+def _unit_bytes(model: nn.Module, x: torch.Tensor, recipe: str | Sequence[GraphPass]) -> list[int]:
     """Bytes of the weights that FSDP2 gathers together: those of each block, and last those outside."""
     gm = transform(model, x, recipe)
     units = make_units(gm, [block.path for block in residual_blocks(trace(model, x))])

@@ -1,10 +1,13 @@
 """What a fine-tuning run is asked to do."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from s2a_fx.errors import InputError
+from s2a_fx.recipes import GraphPass, recipe_called, resolve, spelled
 
 AMP = ("bfloat16", "float16")
 PARALLEL = ("ddp", "fsdp")
@@ -32,7 +35,7 @@ class FinetuneOptions:
         dataset: a name for timm's `create_dataset`, such as `torch/cifar10`; empty for a folder of images.
         download: let the data set fetch what it lacks.
         train_split, val_split: names of the splits.
-        recipe: a recipe's name.
+        recipe: a recipe's name, or its passes.
         epochs, warmup_epochs: the learning rate rises over the first `warmup_epochs` (None: an eighth of all, the paper's 10 of
             80) and falls to zero along a cosine over the rest.
         batch_size: images in a step, of each process.
@@ -59,7 +62,8 @@ class FinetuneOptions:
             of a file (`.safetensors` or a state dict of `torch.save`), or with random ones.
         parallel: `ddp` or `fsdp`, in the processes that torchrun starts; None for `ddp` if there are several.
         freeze_batch_norm: the model's batch norms keep their statistics, in training as in evaluation; their biases train.
-        model_options: further arguments of `timm.create_model`; `in_chans=1` reads grey images.
+        model_options: further arguments of `timm.create_model`, as plain data, which checkpoints hold; `in_chans=1`
+            reads grey images.
 
     Raises:
         InputError: a value that cannot be.
@@ -71,7 +75,7 @@ class FinetuneOptions:
     download: bool = False
     train_split: str = "train"
     val_split: str = "validation"
-    recipe: str = "s2a"
+    recipe: str | Sequence[GraphPass] = "s2a"
     epochs: int = 80
     warmup_epochs: int | None = None
     batch_size: int = 32
@@ -119,6 +123,16 @@ class FinetuneOptions:
                 raise InputError(f"{name}: got {getattr(self, name)}, wanted {least} or more.")
         if self.seed >= 2**32:
             raise InputError(f"seed: got {self.seed}, wanted less than {2**32}: NumPy takes no larger one.")
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise InputError(f"{option.name}: got {value}, wanted a finite number.")
+        for name, value in self.model_options.items():
+            if not _is_plain(value):
+                raise InputError(
+                    f"model_options: {name}: got {value!r}, wanted numbers, strings, None, or tuples and lists of them: "
+                    "checkpoints hold it; give a name that timm knows."
+                )
         for name in ("weight_decay", "mixup", "cutmix"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name}: got {getattr(self, name)}, wanted 0 or more.")
@@ -161,9 +175,17 @@ class FinetuneOptions:
     @property
     def folder(self) -> Path:
         """Where checkpoints are written."""
-        return Path("runs", f"{self.model}-{self.recipe}") if self.output is None else Path(self.output)
+        recipe = self.recipe if isinstance(self.recipe, str) else "+".join(p.partition("(")[0] for p in spelled(self.recipe))
+        return Path("runs", f"{self.model}-{recipe or 'full'}") if self.output is None else Path(self.output)
 
     def of_the_result(self) -> dict[str, Any]:
         """The options that decide the final weights, as plain data: a run is resumed with the same."""
         found = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _OF_THE_MACHINE}
-        return {**found, "warmup_epochs": self.warmup}
+        return {**found, "warmup_epochs": self.warmup, "recipe": recipe_called(spelled(resolve(self.recipe)))}
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a checkpoint can hold the value, and read it without running code."""
+    if type(value) in (list, tuple):
+        return all(map(_is_plain, value))
+    return value is None or type(value) in (bool, int, float, str)

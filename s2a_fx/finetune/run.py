@@ -1,7 +1,9 @@
 """A fine-tuning run from the options to the best weights."""
 
+import math
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -15,7 +17,8 @@ from tqdm import tqdm
 
 from s2a_fx.analysis.blocks import residual_blocks
 from s2a_fx.errors import InputError, PassError
-from s2a_fx.finetune.checkpoint import BEST, LAST, TASK, Epoch, Position, State, read, write
+from s2a_fx.finetune.checkpoint import BEST, LAST, TASK, Epoch, Position, State, read, require, write
+from s2a_fx.finetune.claim import claimed
 from s2a_fx.finetune.data import DataSets, Loader, make_loader, make_mixup, open_data, training_batches
 from s2a_fx.finetune.distributed import Processes, joined, shared
 from s2a_fx.finetune.evaluate import evaluate
@@ -34,6 +37,9 @@ from s2a_fx.trace import trace
 from s2a_fx.transform import transform
 
 Say = Callable[[str], None]
+
+_ASK_EVERY = 10
+"""Updates after which several processes ask each other whether to stop: each question waits for all that was begun."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,7 @@ def finetune(options: FinetuneOptions, say: Say = lambda line: None) -> Finetune
 
     Raises:
         S2AError: something asked for cannot be; nothing was written.
-        Stopped: interrupted by Ctrl-C; the last checkpoint holds all that was done.
+        Stopped: interrupted by Ctrl-C or SIGTERM; the last checkpoint holds all that was done. A second Ctrl-C stops at once.
     """
     with joined(options.device, options.parallel) as processes:
         return _finetune(options, processes, say if processes.first else lambda line: None)
@@ -78,31 +84,33 @@ def _finetune(options: FinetuneOptions, processes: Processes, say: Say) -> Finet
     resolve(options.recipe)
     if options.compile and processes.parallel == "fsdp":
         raise InputError("compile: is not supported with parallel 'fsdp'; leave one out.")
-    last = options.folder / LAST
-    stored = read(last) if options.resume else None
-    if stored is None and last.exists():
-        raise InputError(f"{last}: a run stands there already; go on with --resume, or give another --output.")
+    processes.of_first(lambda: _check_folder(options))
     data = open_data(options, processes)
     prediction = predict(options, data.classes, processes)
     say(str(prediction))
     _check_fit(prediction, options, processes, say)
     measured = high_water(processes.device)
     run = _prepare(options, data, processes, say)
-    position = Position()
-    if stored is not None:
-        run.state.check(stored, last)
-        position = run.state.restore(stored)
-        say(f"resumed: {len(position.epochs)} epochs and {position.updates} steps were done")
-    else:
-        run.save(position)  # a folder that cannot be written is told now, and a run can be killed at once
-    started = time.perf_counter()
-    with interrupts() as asked:
-        position = run.train(position, prediction, measured, asked)
-        run.keep_best()
+    with ExitStack() as held:
+        processes.of_first(lambda: held.enter_context(claimed(options.folder)))
+        processes.of_first(lambda: _check_folder(options))  # again: another run may have come and gone
+        position = run.begin()
+        started = time.perf_counter()
+        with interrupts() as asked:
+            position = run.train(position, prediction, measured, asked)
+            run.keep_best()
     seconds = time.perf_counter() - started
     result = FinetuneResult(position.epochs, prediction.bytes, measured(), seconds, options.folder)
     _say_result(result, processes, say)
     return result
+
+
+def _check_folder(options: FinetuneOptions) -> None:
+    last = options.folder / LAST
+    if options.resume:
+        require(last)
+    elif last.exists():
+        raise InputError(f"{last}: a run stands there already; go on with --resume, or give another --output.")
 
 
 def _check_fit(prediction: Prediction, options: FinetuneOptions, processes: Processes, say: Say) -> None:
@@ -134,6 +142,7 @@ class _Run:
     mixup: Mixup | None
     precision: Precision
     frozen_norms: tuple[nn.Module, ...]
+    statistics: tuple[torch.Tensor, ...]  # of the other batch norms: what each process measures on its own images
     train_loader: Loader
     val_loader: Loader
     say: Say
@@ -141,6 +150,25 @@ class _Run:
     @property
     def images_per_update(self) -> int:
         return self.options.batch_size * self.options.grad_accumulation * self.processes.count
+
+    def begin(self) -> Position:
+        """Take over the last checkpoint, or write the first."""
+        position = Position()
+        if self.options.resume:
+            position = self.state.restore(self.processes.of_first(self._stored))
+            self.say(f"resumed: {len(position.epochs)} epochs and {position.updates} steps were done")
+        else:
+            self.save(position)  # a folder that cannot be written is told now, and a run can be killed at once
+        return position
+
+    def _stored(self) -> dict[str, Any]:
+        """The last checkpoint; the best is looked at, too: it is wanted at the end."""
+        last, best = (self.options.folder / name for name in (LAST, BEST))
+        record = read(last)
+        self.state.check(record, last)
+        if record["position"]["epochs"]:
+            self.state.check(read(best), best)
+        return record
 
     def train(self, position: Position, prediction: Prediction, measured: Callable[[], int | None], asked: Interrupts) -> Position:
         """All epochs that are left."""
@@ -164,14 +192,17 @@ class _Run:
                 f"balanced {accuracy.balanced:.2%}, {speed:,.1f} images/s"
             )
             self.save(position, best=position.best is epoch)
+            if self.processes.any(asked.any):
+                raise Stopped(f"stopped after epoch {epoch.number}; go on with the same command and --resume")
         return position
 
     def keep_best(self) -> None:
         """Write the best epoch's weights as a task file."""
-        self.state.restore_weights(read(self.options.folder / BEST))
-        if self.processes.first or self.processes.parallel == "fsdp":  # of a sharded model, all give what they have
+        self.state.restore_weights(self.processes.of_first(lambda: read(self.options.folder / BEST)))
+        if self.processes.parallel == "fsdp":  # all give what they have
             save_adapter(self.state.gm, self.options.folder / TASK, self.data.class_names)
-        self.processes.wait()
+        else:
+            self.processes.of_first(lambda: save_adapter(self.state.gm, self.options.folder / TASK, self.data.class_names))
 
     def _epoch(self, position: Position, prediction: Prediction, measured: Callable[[], int | None], asked: Interrupts) -> Position:
         """The steps that are left of an epoch."""
@@ -183,6 +214,11 @@ class _Run:
         self.model.train()
         for norm in self.frozen_norms:
             norm.eval()
+
+        def after_update() -> None:
+            self.scheduler.step_update(epoch * self.updates_per_epoch + done + 1)
+            self.processes.average(self.statistics)
+
         steps = training_steps(
             self.model,
             islice(batches, self.updates_per_epoch * options.grad_accumulation - first),
@@ -191,7 +227,7 @@ class _Run:
             precision=self.precision,
             accumulation=options.grad_accumulation,
             channels_last=options.channels_last,
-            after_update=lambda: self.scheduler.step_update(epoch * self.updates_per_epoch + done + 1),
+            after_update=after_update,
         )
         each = self.images_per_update
         hidden = None if self.processes.first else True  # None: hidden where the output is no terminal
@@ -204,7 +240,7 @@ class _Run:
                     memory = f"{(measured() or 0) / MB:,.0f}/{prediction.bytes / MB:,.0f} MB"
                     bar.set_postfix(loss=f"{loss.item():.3f}", memory=memory, refresh=False)
                 bar.update(each)
-                stop = self.processes.any(asked.any)
+                stop = (self.processes.count == 1 or done % _ASK_EVERY == 0) and self.processes.any(asked.any)
                 if stop or (options.save_every and done % options.save_every == 0):
                     self.save(self._at(position, done, loss_sum))
                 if stop:
@@ -212,16 +248,33 @@ class _Run:
         return self._at(position, done, loss_sum)
 
     def _at(self, position: Position, updates: int, loss_sum: torch.Tensor) -> Position:
-        mean = self.processes.added(loss_sum.clone()) / self.processes.count
-        return replace(position, updates=updates, loss_sum=mean.item())
+        mean = (self.processes.added(loss_sum.clone()) / self.processes.count).item()
+        at = replace(position, updates=updates, loss_sum=mean)
+        if not math.isfinite(mean):
+            raise self._diverged("the loss", at)
+        return at
 
     def save(self, position: Position, best: bool = False) -> None:
-        """Write the last checkpoint, and the best."""
+        """Write the last checkpoint, and the best.
+
+        Raises:
+            InputError: they cannot be written, or a weight is not finite; those that were there stay.
+        """
         record = self.state.record(position)
-        if self.processes.first:
-            for name in (BEST, LAST) if best else (LAST,):  # the last one last: a run that is killed between finds both again
-                write(record, self.options.folder / name)
-        self.processes.wait()
+        if not all(tensor.isfinite().all() for tensor in record["trained"].values()):
+            raise self._diverged("a weight", position)
+        self.processes.of_first(lambda: self._write(record, best))
+
+    def _write(self, record: dict[str, Any], best: bool) -> None:
+        for name in (BEST, LAST) if best else (LAST,):  # the last one last: a run that is killed between finds both again
+            write(record, self.options.folder / name)
+
+    def _diverged(self, what: str, at: Position) -> InputError:
+        rate = self.state.optimizer.param_groups[0]["lr"]
+        return InputError(
+            f"lr: {what} is not finite after {len(at.epochs)} epochs and {at.updates} steps, at a rate of {rate:.2g}; the "
+            f"checkpoint before stays as it is; begin anew in another --output with a smaller --lr than {self.options.lr:g}."
+        )
 
 
 def _prepare(options: FinetuneOptions, data: DataSets, processes: Processes, say: Say) -> _Run:
@@ -244,10 +297,11 @@ def _prepare(options: FinetuneOptions, data: DataSets, processes: Processes, say
         raise PassError(f"recipe {options.recipe!r}: nothing of {options.model} is left to train; take another.")
     base = fingerprint(digests({n: p for n, p in gm.named_parameters() if not p.requires_grad}))
     gm.to(processes.device)
-    if options.channels_last:
+    if options.channels_last and processes.parallel != "fsdp":  # FSDP2 takes weights by rows alone; the images' layout decides
         gm.to(memory_format=torch.channels_last)
     wrapped = shared(gm, processes, blocks)
     optimizer = make_optimizer(gm, options, no_decay(model))
+    frozen_norms = tuple(gm.get_submodule(path) for path in norms)
     updates = len(loaders[0]) // options.grad_accumulation
     scheduler = make_scheduler(optimizer, options, updates)
     precision = Precision(processes.device.type, options.amp)
@@ -264,11 +318,18 @@ def _prepare(options: FinetuneOptions, data: DataSets, processes: Processes, say
         loss=make_loss(options),
         mixup=make_mixup(options, data.classes),
         precision=precision,
-        frozen_norms=tuple(gm.get_submodule(path) for path in norms),
+        frozen_norms=frozen_norms,
+        statistics=_statistics(gm, frozen_norms),
         train_loader=loaders[0],
         val_loader=loaders[1],
         say=say,
     )
+
+
+def _statistics(gm: nn.Module, frozen_norms: tuple[nn.Module, ...]) -> tuple[torch.Tensor, ...]:
+    kept = {id(buffer) for norm in frozen_norms for buffer in norm.buffers()}
+    named = ("running_mean", "running_var")
+    return tuple(b for name, b in gm.named_buffers() if name.rpartition(".")[2] in named and id(b) not in kept)
 
 
 def _say_result(result: FinetuneResult, processes: Processes, say: Say) -> None:

@@ -1,8 +1,9 @@
 """Training steps."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
@@ -48,12 +49,16 @@ def training_steps(
     Args:
         model: in train mode; may be wrapped by DDP or FSDP2, or compiled.
         batches: images (B, C, H, W) and targets, (B,) or (B, classes), on the model's device.
-        accumulation: batches in an update; those that are left over at the end are not trained on.
+        accumulation: batches in an update; those that are left over at the end are not trained on, and not run at all if `batches`
+            has a length.
         after_update: called after each update, before it is yielded: for a scheduler.
     """
     precision = precision or Precision()
     layout = torch.channels_last if channels_last else torch.contiguous_format
+    if isinstance(batches, Sized):
+        batches = islice(batches, len(batches) // accumulation * accumulation)
     losses: list[torch.Tensor] = []
+    optimizer.zero_grad()
     for images, targets in batches:
         complete = len(losses) + 1 == accumulation
         with without_sync(model, not complete):

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from s2a_fx.finetune import FinetuneOptions
+from s2a_fx.finetune.checkpoint import read
 
 COLOURS = {"red": (200, 60, 60), "green": (60, 200, 60), "blue": (60, 60, 200)}
 SMALL = {"depth": 2, "embed_dim": 48, "num_heads": 3}
@@ -46,7 +47,7 @@ def small_run(data: Path, output: Path, **changes: Any) -> FinetuneOptions:
 
 def stored(output: Path, name: str = "last.pt") -> dict[str, Any]:
     """A run's checkpoint, speeds left out."""
-    record = torch.load(output / name, weights_only=True)
+    record = read(output / name)
     for epoch in record["position"]["epochs"]:
         del epoch["images_per_second"]
     return record

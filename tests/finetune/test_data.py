@@ -1,7 +1,6 @@
 """What images a run is shown, and what classes it takes them for."""
 
 import shutil
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -67,11 +66,10 @@ def test_a_data_set_is_fetched_by_the_first_process_alone(colours, tmp_path, mon
     asked = []
 
     class Several(Processes):
-        @contextmanager
-        def first_alone(self):
-            asked.append("alone")
-            yield
-            asked.append("together")
+        def of_first(self, make):
+            asked.append("first")
+            make()
+            asked.append("all")
 
     def create(name, download, **settings):
         asked.append(download)
@@ -80,4 +78,4 @@ def test_a_data_set_is_fetched_by_the_first_process_alone(colours, tmp_path, mon
     create_dataset = data.create_dataset
     monkeypatch.setattr(data, "create_dataset", create)
     open_data(small_run(colours, tmp_path, dataset="torch/made", download=True), Several())
-    assert asked == ["alone", True, True, "together"]
+    assert asked == ["first", True, True, "all", True, True]

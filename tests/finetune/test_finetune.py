@@ -39,7 +39,7 @@ def test_checkpoints_hold_what_trains_and_no_frozen_weight(whole_run):
     record = stored(result.folder)
     assert "blocks.0.attn.qkv.bias" in record["trained"]
     assert "blocks.0.attn.qkv.weight" not in record["trained"]
-    assert sorted(p.name for p in result.folder.iterdir()) == ["best.pt", "last.pt", "task.safetensors"]
+    assert sorted(p.name for p in result.folder.iterdir()) == [".lock", "best.pt", "last.pt", "task.safetensors"]
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_written_and_can_be_forced(colours, tmp_path, capsys):

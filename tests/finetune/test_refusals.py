@@ -72,6 +72,9 @@ def test_option(changes, told, colours, tmp_path):
         {"epochs": 0}, {"lr": 0.0}, {"label_smoothing": 1.0}, {"amp": "int8"}, {"warmup_epochs": 80},
         {"batch_size": 3, "mixup": 0.1}, {"workers": -1}, {"parallel": "tp"}, {"seed": 5_000_000_000}, {"crop_pct": 0.0},
         {"model_options": {"num_classes": 5}}, {"model_options": {"in_chans": 4}}, {"pretrained": True, "checkpoint": "file"},
+        {"lr": float("nan")}, {"mixup": float("inf")},
+        {"weight_decay": float("nan")}, {"model_options": {"norm_layer": torch.nn.LayerNorm}},
+        {"batch_size": 3, "mixup": 0.1}, {"workers": -1}, {"parallel": "tp"}, {"pretrained": True, "checkpoint": "file"},
     ],
     ids=str,
 )  # fmt: skip

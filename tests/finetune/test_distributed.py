@@ -27,10 +27,10 @@ sys.path.append(sys.argv[1])
 import torch
 import torch.distributed as dist
 from colours import SMALL, small_run
-import s2a_fx.finetune.run as run
+import s2a_fx.finetune.training as training
 
 data, output, parallel, changes = Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4], json.loads(sys.argv[5])
-rank, failing, whole_evaluate = int(os.environ["RANK"]), changes.pop("failing", None), run.evaluate
+rank, failing, whole_evaluate = int(os.environ["RANK"]), changes.pop("failing", None), training.evaluate
 changes = {"optimizer": "sgd", "lr": 0.01, "model_options": SMALL, "batch_size": 4, **changes}
 
 def evaluate(gm, *arguments, **settings):
@@ -42,7 +42,7 @@ def fail(*arguments):
         raise MemoryError
     return drawn(*arguments)
 
-run.evaluate = evaluate
+training.evaluate = evaluate
 if failing:
     import s2a_fx.finetune.data as loading
     drawn, loading.draw_for_batch = loading.draw_for_batch, fail

@@ -18,6 +18,7 @@ from torch import nn
 
 import s2a_fx.finetune.data as data
 import s2a_fx.finetune.run as run
+import s2a_fx.finetune.training as training
 from s2a_fx.cli import main
 from s2a_fx.finetune import Stopped, finetune
 from s2a_fx.finetune.checkpoint import Position, State, read, write
@@ -55,13 +56,13 @@ def test_after_ctrl_c(batch, colours, whole_run, tmp_path, monkeypatch):
 
 
 def test_after_ctrl_c_in_an_evaluation(colours, whole_run, tmp_path, monkeypatch):
-    evaluate = run.evaluate
+    evaluate = training.evaluate
 
     def interrupted(*arguments, **settings):
         signal.raise_signal(signal.SIGTERM)
         return evaluate(*arguments, **settings)
 
-    monkeypatch.setattr(run, "evaluate", interrupted)
+    monkeypatch.setattr(training, "evaluate", interrupted)
     options = small_run(colours, tmp_path / "run")
     for epoch in (1, 2):
         with pytest.raises(Stopped, match=f"after epoch {epoch}; .*--resume"):

@@ -24,8 +24,10 @@ def test_readme_goes_from_images_to_a_prediction(tmp_path, monkeypatch, capsys):
     torch.manual_seed(0)
     write_colours(Path("digits"))
     save_file(timm.create_model("tf_efficientnet_lite0").state_dict(), "digits/lite0.safetensors")
-    Image.new("RGB", (40, 40), COLOURS["red"]).save("digit.png")
+    shown = re.search(r'Image\.open\("(.*?)"\)', prediction[1])
     assert main([*shlex.split(command[1]), "--device", "cpu", "--workers", "0"]) == 0
     capsys.readouterr()
+    Path(shown[1]).parent.mkdir(parents=True)
+    Image.new("RGB", (40, 40), COLOURS["red"]).save(shown[1])
     exec(prediction[1], {})
     assert capsys.readouterr().out.strip() in COLOURS

@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 from colours import SMALL, small_run
 import s2a_fx.finetune.training as training
+from s2a_fx.finetune import finetune
 
 data, output, parallel, changes = Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4], json.loads(sys.argv[5])
 rank, failing, whole_evaluate = int(os.environ["RANK"]), changes.pop("failing", None), training.evaluate
@@ -47,7 +48,7 @@ if failing:
     import s2a_fx.finetune.data as loading
     drawn, loading.draw_for_batch = loading.draw_for_batch, fail
 own = output if rank == 0 else output / "elsewhere"  # as on machines without a common disk
-run.finetune(small_run(data, own, parallel=parallel, **changes), say=print)
+finetune(small_run(data, own, parallel=parallel, **changes), say=print)
 """
 
 

@@ -294,7 +294,7 @@ def _line(r: Row, of: dict[str, dict[int, float]]) -> dict[str, Any]:
     return {
         "method": r.method,
         "balanced accuracy %": _points(r.test),
-        "of full %": f"{100 * mean(r.test) / mean(of['full'].values()):.1f}",
+        **({"of full %": f"{100 * mean(r.test) / mean(of['full'].values()):.1f}"} if "full" in of else {}),
         **{f"- {name}": _points(_differences(of[r.method], of[name])) for name in COMPARED if name in of},
         "seeds": len(r.test),
         "lr": f"{r.lr:g}",

@@ -87,11 +87,13 @@ class MemoryReport:
         return _folded_table(self.activations) if fold else _whole_table(self.activations)
 
     def totals(self) -> str:
-        """Saved bytes by operator, the largest first; those of less than a thousandth are left out."""
-        by_op: Counter[str] = Counter()
+        """Saved bytes by operator, the largest first; those of less than a thousandth are joined."""
+        of_each: Counter[str] = Counter()
         for row in self.activations:
-            by_op[row.op] += row.bytes
-        by_op = Counter({op: size for op, size in by_op.items() if size >= self.saved_bytes / 1000})
+            of_each[row.op] += row.bytes
+        by_op: Counter[str] = Counter()
+        for op, size in of_each.items():
+            by_op[op if size >= self.saved_bytes / 1000 else "(others)"] += size
         lines = [(op, _mb(size), f"{100 * size / max(self.saved_bytes, 1):.1f}") for op, size in by_op.most_common()]
         return tabulate(lines, ("op", "MB", "%"), disable_numparse=True, colalign=("left", "right", "right"))
 

@@ -11,6 +11,7 @@ all that a file says tells a damaged one from a whole one; it is no signature.
 import hashlib
 from dataclasses import asdict, dataclass
 from io import BytesIO
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -114,10 +115,13 @@ class State:
     def check(self, record: dict[str, Any], file: Path) -> None:
         """Raise `InputError` if the record is of another run, before anything of it is copied."""
         for name, value in self.options.items():
-            if record["options"].get(name) != value:
+            stored = record["options"].get(name)
+            if stored != value:
+                if isinstance(stored, list) and isinstance(value, list):  # of a thousand classes, the first that is another
+                    stored, value = next(pair for pair in zip_longest(stored, value) if pair[0] != pair[1])
                 raise InputError(
-                    f"{file}: its run had {name} {record['options'].get(name)!r}, got {value!r}; resume with the same, or begin "
-                    "a run in another --output."
+                    f"{file}: its run had {name} {stored!r}, got {value!r}; resume with the same, or begin a run in another "
+                    "--output."
                 )
         if record["fingerprint"] != self.fingerprint:
             raise InputError(f"{file}: its run began with other weights; give the same --pretrained or --checkpoint.")
@@ -137,26 +141,29 @@ def _alike(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
     return one is not None and other is not None and one.shape == other.shape and one.dtype == other.dtype
 
 
-def write(record: dict[str, Any], file: Path) -> None:
-    """Write a checkpoint whole or not at all.
+def write(record: dict[str, Any], *files: Path) -> None:
+    """Write a checkpoint to each of the files in turn, whole or not at all.
 
     Raises:
-        InputError: the file cannot be written.
+        InputError: a file cannot be written.
     """
-    part = file.with_name(f".{file.name}.part")  # of one name: what a killed run leaves is written over
     data = BytesIO()  # torch.save turns a full disk into an error of its own
     torch.save({"version": VERSION, "digest": _digest(record), "run": record}, data)
-    try:
-        with written_whole(file, part) as stream:
-            stream.write(data.getbuffer())
-    except OSError as error:
-        raise InputError(f"{file}: cannot be written: {error.strerror}.") from error
+    for file in files:
+        part = file.with_name(f".{file.name}.part")  # of one name: what a killed run leaves is written over
+        try:
+            with written_whole(file, part) as stream:
+                stream.write(data.getbuffer())
+        except OSError as error:
+            raise InputError(f"{file}: cannot be written: {error.strerror}.") from error
 
 
 def require(file: Path) -> None:
     """Raise `InputError` if there is no such file."""
     if not file.is_file():
-        raise InputError(f"{file}: there is no checkpoint to resume from; leave out --resume, or give the --output of the run.")
+        raise InputError(
+            f"{file}: there is no checkpoint to resume from; give the run's --output, or begin in another without --resume."
+        )
 
 
 def read(file: Path) -> dict[str, Any]:
@@ -169,12 +176,12 @@ def read(file: Path) -> dict[str, Any]:
     try:
         stored = torch.load(file, map_location="cpu", weights_only=True)
         version, record = stored["version"], stored["run"]
-        whole = version != VERSION or stored["digest"] == _digest(record)
+        intact = version != VERSION or stored["digest"] == _digest(record)
     except Exception as error:  # a damaged archive has errors of many kinds
         raise _damaged(file) from error
     if version != VERSION:
         raise InputError(f"{file}: is of version {version!r}, this s2a_fx reads {VERSION}; resume with the one that wrote it.")
-    if not whole:
+    if not intact:
         raise _damaged(file)
     return record  # type: ignore[no-any-return]
 

@@ -8,7 +8,7 @@ import sys
 import time
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from s2a_fx.arguments import not_negative, positive, size
 from s2a_fx.errors import S2AError
@@ -114,11 +114,18 @@ def _pair(text: str) -> tuple[str, Any]:
 
 
 def _say(line: str) -> None:
+    if not _printed(line, sys.stdout):
+        _printed("s2a-fx: no one reads the output any more; the run goes on without it", sys.stderr)
+
+
+def _printed(line: str, stream: TextIO) -> bool:
+    """Print a line; False if the stream's reader, `head` say, has seen enough: what comes after goes nowhere."""
     try:
-        print(line, flush=True)
-    except BrokenPipeError:  # the reader, `head` say, has seen enough; the training goes on
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        print("s2a-fx: no one reads the output any more; the run goes on without it", file=sys.stderr)
+        print(line, file=stream, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return False
+    return True
 
 
 def _finetune(arguments: argparse.Namespace) -> int:
@@ -128,7 +135,7 @@ def _finetune(arguments: argparse.Namespace) -> int:
         options = FinetuneOptions(**given, model_options=dict(getattr(arguments, "model_option", ())))
         finetune(options, say=_say)
     except Stopped as stop:
-        print(f"s2a-fx: {stop}", file=sys.stderr)
+        _printed(f"s2a-fx: {stop}", sys.stderr)
         return 130
     except S2AError:
         if os.environ.get("LOCAL_RANK", "0") != "0":  # the first process tells it and ends, and torchrun then ends this one

@@ -39,7 +39,7 @@ def open_data(options: FinetuneOptions, processes: Processes) -> DataSets:
     if not options.dataset and not options.data.is_dir():
         raise InputError(f"{options.data}: there is no such folder; give one that holds train/ and val/, or name a --dataset.")
     if options.download:
-        processes.of_first(lambda: _fetch(options))
+        processes.once_a_machine(lambda: _fetch(options))
     train = _split(options, options.train_split)
     val = _split(options, options.val_split)
     names, val_names = _class_names(train), _class_names(val)
@@ -100,7 +100,7 @@ def _class_names(dataset: Any) -> tuple[str, ...] | None:
     labels = getattr(features.get("label"), "names", None)
     by_name = _classes_by_name(dataset) or {}
     found = sorted(by_name, key=by_name.__getitem__) or getattr(dataset, "classes", None) or labels
-    return tuple(map(str, found)) if found else None
+    return tuple(", ".join(n) if isinstance(n, tuple) else str(n) for n in found) if found else None
 
 
 def _classes_by_name(dataset: Any) -> dict[str, int] | None:

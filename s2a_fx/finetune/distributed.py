@@ -1,8 +1,10 @@
 """One process or several: who is who, how weights and gradients are shared."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +20,10 @@ from s2a_fx.finetune.units import make_units
 T = TypeVar("T")
 
 
+_PATIENCE = timedelta(hours=12)
+"""So long processes wait for one that fetches data or writes."""
+
+
 @dataclass(frozen=True)
 class Processes:
     """This process among those that train together."""
@@ -26,6 +32,7 @@ class Processes:
     count: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     parallel: str | None = None
+    control: Any = None  # a group of gloo: questions and records go from host to host, and no GPU waits for them
 
     @property
     def first(self) -> bool:
@@ -40,7 +47,11 @@ class Processes:
 
     def any(self, here: bool) -> bool:
         """Whether it is so in any process."""
-        return here if self.count == 1 else bool(self.added(torch.tensor(int(here), device=self.device)))
+        if self.count == 1:
+            return here
+        asked = torch.tensor(int(here))
+        dist.all_reduce(asked, group=self.control)
+        return bool(asked)
 
     def average(self, tensors: Sequence[torch.Tensor]) -> None:
         """Give each tensor the mean of its values in all processes."""
@@ -55,15 +66,30 @@ class Processes:
         if self.count == 1:
             return make()
         made: list[Any] = [None]
+        failure: BaseException | None = None
         if self.first:
             try:
                 made = [make()]
-            except S2AError as error:
-                made = [error]
-        dist.broadcast_object_list(made, device=self.device)
+            except BaseException as error:  # the others must not wait for what will never come
+                failure = error
+                made = [error if isinstance(error, S2AError) else S2AError(f"the first process failed: {error!r}")]
+        dist.broadcast_object_list(made, src=0, group=self.control)
+        if failure is not None:
+            raise failure
         if isinstance(made[0], S2AError):
             raise made[0]
         return made[0]  # type: ignore[no-any-return]
+
+    def once_a_machine(self, make: Callable[[], None]) -> None:
+        """Run `make` in one process of each machine; the others wait, and raise if it does."""
+        failure: S2AError | None = None
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            try:
+                make()
+            except S2AError as error:
+                failure = error
+        if self.any(failure is not None):
+            raise failure or S2AError("another process failed; it tells why.")
 
 
 @contextmanager
@@ -85,7 +111,8 @@ def joined(device: str | None, parallel: str | None) -> Iterator[Processes]:
         raise InputError(f"device: {device!r} cannot be used: {error}") from error
     several = place["world_size"] > 1
     try:
-        yield Processes(place["global_rank"], place["world_size"], found, (parallel or "ddp") if several else None)
+        control = dist.new_group(backend="gloo", timeout=_PATIENCE) if several else None
+        yield Processes(place["global_rank"], place["world_size"], found, (parallel or "ddp") if several else None, control)
     finally:
         if several:
             dist.destroy_process_group()

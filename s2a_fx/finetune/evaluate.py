@@ -78,10 +78,11 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 def _by_class(targets: torch.Tensor, classes: int) -> torch.Tensor:
     """How many targets each class has."""
-    try:
-        counts = torch.bincount(targets, minlength=classes)
-    except RuntimeError as error:
-        raise InputError(f"targets: wanted one class index for each image, 0 to {classes - 1}: {error}") from error
-    if len(counts) > classes:
-        raise InputError(f"targets: got class {len(counts) - 1}, wanted 0 to {classes - 1}; say how many classes the data has.")
-    return counts
+    if targets.ndim != 1 or targets.is_floating_point():
+        got = f"{targets.dtype} of shape {list(targets.shape)}"
+        raise InputError(f"targets: got {got}, wanted one class index for each image, 0 to {classes - 1}.")
+    least, most = (int(t) for t in targets.aminmax()) if len(targets) else (0, 0)
+    if least < 0 or most >= classes:
+        strange = least if least < 0 else most
+        raise InputError(f"targets: got class {strange}, wanted 0 to {classes - 1}; say how many classes the data has.")
+    return torch.bincount(targets, minlength=classes)

@@ -80,7 +80,8 @@ def predict(options: FinetuneOptions, classes: int, processes: Processes) -> Pre
         ).reports[0]
     peak, caveats = report.peak_bytes, []
     if processes.parallel == "fsdp":
-        peak = _sharded_peak(report, _unit_bytes(model, x, options.recipe), processes.count)
+        stand = options.grad_accumulation > 1
+        peak = _sharded_peak(report, _unit_bytes(model, x, options.recipe), processes.count, stand)
         caveats.append(f"an upper estimate: weights, gradients and optimizer state in {processes.count} shares, blocks gathered")
     elif processes.parallel == "ddp" or options.grad_accumulation > 1:
         peak = _peak_beside_gradients(report, max(4 * p.numel() for p in model.parameters()))
@@ -132,15 +133,17 @@ def _unit_bytes(model: nn.Module, x: torch.Tensor, recipe: str | Sequence[GraphP
     return [*inside, sum(4 * p.numel() for p in gm.parameters()) - sum(inside)]
 
 
-def _sharded_peak(report: MemoryReport, units: list[int], count: int) -> int:
+def _sharded_peak(report: MemoryReport, units: list[int], count: int, gradients_stand: bool) -> int:
     """At most what a process of FSDP2's takes: its shares, and whole weights and gradients of a block and of what is outside.
 
     To the weights belong those of the next block and the buffer that they come in, to the gradients the buffer that they leave by.
+    `gradients_stand`: whole from batch to batch, until those of the last are added up with the other processes'.
     """
     *blocks, outside = units
     largest = max(blocks, default=0)
     weights = outside + largest + 2 * max(largest, outside)
-    gradients = 2 * min(outside + largest, 4 * report.trainable_parameters)
+    trained = 4 * report.trainable_parameters
+    gradients = 2 * min(outside + largest, trained) + (trained if gradients_stand else 0)
     shared = [sum(m.of(kind) for kind in ("parameter", "gradient", "optimizer")) for m in report.timeline]
     alone = max(m.bytes - of_all + -(-of_all // count) for m, of_all in zip(report.timeline, shared, strict=True))
     return alone + weights + gradients

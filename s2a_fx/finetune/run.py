@@ -61,7 +61,8 @@ def finetune(options: FinetuneOptions, say: Say = lambda line: None) -> Finetune
         say: called with each line that a person may want to read.
 
     Raises:
-        S2AError: something asked for cannot be; nothing was written.
+        S2AError: something asked for cannot be, and nothing was written; or the run diverged or the disk is full, and the last good
+            checkpoint stays.
         Stopped: interrupted by Ctrl-C or SIGTERM; the last checkpoint holds all that was done. A second Ctrl-C stops at once.
     """
     with joined(options.device, options.parallel) as processes:

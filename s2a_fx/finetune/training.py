@@ -26,9 +26,6 @@ from s2a_fx.tasks.adapter import save_adapter
 
 Say = Callable[[str], None]
 
-_ASK_EVERY = 10
-"""Updates after which several processes ask each other whether to stop: each question waits for all that was begun."""
-
 
 @dataclass(frozen=True)
 class Training:
@@ -79,6 +76,7 @@ class Training:
             started, before = time.perf_counter(), position.updates
             position = self._epoch(position, prediction, measured, asked)
             speed = (position.updates - before) * self.images_per_update / (time.perf_counter() - started)
+            self.save(position)  # an evaluation may take longer than whoever ends the run waits for it
             accuracy = evaluate(
                 self.state.gm,
                 self.val_loader.from_batch(0),
@@ -101,11 +99,14 @@ class Training:
 
     def keep_best(self) -> None:
         """Write the best epoch's weights as a task file."""
+        names = self.data.class_names
+        if names is not None and len(names) != self.data.classes:  # --num-classes: some outputs have no name
+            names = None
         self.state.restore_weights(self.processes.of_first(lambda: read(self.options.folder / BEST)))
         if self.processes.parallel == "fsdp":  # all give what they have
-            save_adapter(self.state.gm, self.options.folder / TASK, self.data.class_names)
+            save_adapter(self.state.gm, self.options.folder / TASK, names)
         else:
-            self.processes.of_first(lambda: save_adapter(self.state.gm, self.options.folder / TASK, self.data.class_names))
+            self.processes.of_first(lambda: save_adapter(self.state.gm, self.options.folder / TASK, names))
 
     def _epoch(self, position: Position, prediction: Prediction, measured: Callable[[], int | None], asked: Interrupts) -> Position:
         """The steps that are left of an epoch."""
@@ -137,23 +138,28 @@ class Training:
         total = self.updates_per_epoch * each
         with tqdm(total=total, initial=done * each, desc=f"epoch {epoch + 1}", unit="image", leave=False, disable=hidden) as bar:
             for loss in steps:
-                done += 1
-                loss_sum += loss
-                if not bar.disable and done % 10 == 0:
+                loss_sum += self._counted(loss, loss_sum / max(done, 1))
+                if not bar.disable and done % 10 == 9:
                     memory = f"{(measured() or 0) / MB:,.0f}/{prediction.bytes / MB:,.0f} MB"
                     bar.set_postfix(loss=f"{loss.item():.3f}", memory=memory, refresh=False)
+                done += 1
                 bar.update(each)
-                stop = (self.processes.count == 1 or done % _ASK_EVERY == 0) and self.processes.any(asked.any)
+                stop = self.processes.any(asked.any)
                 if stop or (options.save_every and done % options.save_every == 0):
                     self.save(self._at(position, done, loss_sum))
                 if stop:
                     raise Stopped(f"stopped in epoch {epoch + 1} after step {done}; go on with the same command and --resume")
         return self._at(position, done, loss_sum)
 
+    def _counted(self, loss: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+        """The loss of an update; the mean of those before it, if float16 overflowed and the scaler skipped the update."""
+        return torch.where(loss.isfinite(), loss, mean) if self.precision.scaler.is_enabled() else loss
+
     def _at(self, position: Position, updates: int, loss_sum: torch.Tensor) -> Position:
         mean = (self.processes.added(loss_sum.clone()) / self.processes.count).item()
         at = replace(position, updates=updates, loss_sum=mean)
-        if not math.isfinite(mean):
+        scaler = self.precision.scaler
+        if not math.isfinite(mean) or (scaler.is_enabled() and scaler.get_scale() < 1):  # halved at each of 17 updates
             raise self._diverged("the loss", at)
         return at
 
@@ -169,8 +175,8 @@ class Training:
         self.processes.of_first(lambda: self._write(record, best))
 
     def _write(self, record: dict[str, Any], best: bool) -> None:
-        for name in (BEST, LAST) if best else (LAST,):  # the last one last: a run that is killed between finds both again
-            write(record, self.options.folder / name)
+        names = (BEST, LAST) if best else (LAST,)  # the last one last: a run that is killed between finds both again
+        write(record, *(self.options.folder / name for name in names))
 
     def _diverged(self, what: str, at: Position) -> InputError:
         rate = self.state.optimizer.param_groups[0]["lr"]

@@ -24,7 +24,7 @@ class TapScale(nn.Module):
 
     def _factor(self, x: torch.Tensor) -> torch.Tensor:
         square = x.float().square().mean((1, 2, 3), keepdim=True)
-        return (self.RMS * square.clamp_min(1e-12).rsqrt()).to(x.dtype)
+        return (self.RMS * square.clamp_min(1e-8).rsqrt()).to(x.dtype)
 
 
 class LiteSideBlock(nn.Sequential):

@@ -32,8 +32,8 @@ def test_each_module_is_left_in_the_mode_that_it_came_in(targets, frozen):
     [
         ([], "batches: got none"),
         ([(X, TARGETS + 3)], "got class 5, wanted 0 to 2"),
-        ([(X, TARGETS - 1)], "wanted one class index"),
-        ([(X, torch.zeros(4, 3))], "targets"),
+        ([(X, TARGETS - 1)], "got class -1, wanted 0 to 2"),
+        ([(X, torch.zeros(4, 3))], "wanted one class index"),
     ],
 )
 def test_what_cannot_be_counted_is_refused(batches, words):

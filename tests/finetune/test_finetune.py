@@ -114,15 +114,17 @@ def test_grey_images(colours, tmp_path):
     assert stored(tmp_path / "run")["trained"]["patch_embed.proj.weight"].shape[1] == 1
 
 
-def test_a_run_whose_output_no_one_reads_any_more_goes_on(colours, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("streams", [("stdout",), ("stdout", "stderr")], ids="+".join)
+def test_a_run_whose_output_no_one_reads_any_more_goes_on(streams, colours, tmp_path, monkeypatch, capsys):
     read, write = os.pipe()
     os.close(read)
     command = ["finetune", "resnet10t", str(colours), "--output", str(tmp_path / "run"), "--device", "cpu", "--from-scratch"]
     command += ["--recipe", "linear", "--image-size", "32", "--epochs", "1", "--workers", "0"]
     with os.fdopen(write, "w") as closed:
-        monkeypatch.setattr(sys, "stdout", closed)
+        for stream in streams:
+            monkeypatch.setattr(sys, stream, closed)
         assert main(command) == 0
-    assert "the run goes on without it" in capsys.readouterr().err
+    assert "stderr" in streams or "the run goes on without it" in capsys.readouterr().err
     assert (tmp_path / "run" / "task.safetensors").exists()
 
 

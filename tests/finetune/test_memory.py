@@ -63,21 +63,39 @@ sys.path.append(sys.argv[1])
 from colours import SMALL, small_run
 from s2a_fx.analysis.blocks import residual_blocks
 from s2a_fx.analysis.measure import measure_peak_bytes
-from s2a_fx.finetune.distributed import joined, shared
+from s2a_fx.finetune.distributed import joined, shared, without_sync
 from s2a_fx.finetune.memory import predict
 from s2a_fx.finetune.model import build_model
 from s2a_fx.finetune.objective import make_loss, make_optimizer
 from s2a_fx.trace import trace
 from s2a_fx.transform import transform
 size = {"depth": 6, "embed_dim": 192, "num_heads": 3}
-options = small_run(Path(), Path(), recipe=sys.argv[3], batch_size=2, model_options=size)
+accumulation = int(sys.argv[4])
+options = small_run(Path(), Path(), recipe=sys.argv[3], batch_size=2, model_options=size, grad_accumulation=accumulation)
 x, loss = torch.randn(2, 3, 32, 32), make_loss(options)
+
+class Added(torch.nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        for last in [False] * (accumulation - 1) + [True]:
+            with without_sync(self.inner, not last):
+                output = self.inner(x)
+                if not last:
+                    cost(output).backward()
+        return output
+
+def cost(output):
+    return loss(output, torch.zeros(2).long())
+
 with joined("cpu", sys.argv[2]) as processes:
     model = build_model(options, 3)[0]
     blocks = [block.path for block in residual_blocks(trace(model, x))]
     gm = transform(model, x, options.recipe).train()
     wrapped, optimizer = shared(gm, processes, blocks), make_optimizer(gm, options)
-    measured = measure_peak_bytes(wrapped, (x,), optimizer, lambda output: loss(output, torch.zeros(2).long()))
+    measured = measure_peak_bytes(Added(wrapped), (x,), optimizer, cost)
     predicted = predict(options, 3, processes)
     if processes.first:
         print(json.dumps([measured, predicted.peak_bytes]))
@@ -86,11 +104,11 @@ with joined("cpu", sys.argv[2]) as processes:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["full", "s2a"])
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_of_one_of_two_processes(parallel, recipe, tmp_path):
+@pytest.mark.parametrize(("parallel", "accumulation"), [("ddp", 1), ("fsdp", 1), ("fsdp", 2)])
+def test_of_one_of_two_processes(parallel, accumulation, recipe, tmp_path):
     (tmp_path / "two.py").write_text(TWO)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "two.py")]
-    command += [str(Path(__file__).parent), parallel, recipe]
+    command += [str(Path(__file__).parent), parallel, recipe, str(accumulation)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     measured, predicted = json.loads(done.stdout.splitlines()[-1])

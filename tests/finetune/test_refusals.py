@@ -74,7 +74,6 @@ def test_option(changes, told, colours, tmp_path):
         {"model_options": {"num_classes": 5}}, {"model_options": {"in_chans": 4}}, {"pretrained": True, "checkpoint": "file"},
         {"lr": float("nan")}, {"mixup": float("inf")},
         {"weight_decay": float("nan")}, {"model_options": {"norm_layer": torch.nn.LayerNorm}},
-        {"batch_size": 3, "mixup": 0.1}, {"workers": -1}, {"parallel": "tp"}, {"pretrained": True, "checkpoint": "file"},
     ],
     ids=str,
 )  # fmt: skip

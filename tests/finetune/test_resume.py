@@ -1,5 +1,6 @@
 """A run that is stopped anywhere and resumed ends in the same weights, to the last bit."""
 
+import math
 import os
 import random
 import resource
@@ -275,6 +276,19 @@ def test_a_run_that_diverges_ends_and_leaves_finite_weights(save_every, colours,
         finetune(options)
     assert all(weight.isfinite().all() for weight in stored(tmp_path / "run")["trained"].values())
     assert not (tmp_path / "run" / "task.safetensors").exists()
+
+
+def test_an_update_that_overflows_float16_is_skipped(colours, tmp_path, monkeypatch):
+    calls = []
+
+    def overflowing(options):
+        loss = make_loss(options)
+        return lambda output, targets: loss(output, targets) * (torch.inf if calls.append(output) or len(calls) == 3 else 1)
+
+    make_loss = run.make_loss
+    monkeypatch.setattr(run, "make_loss", overflowing)
+    (epoch,) = finetune(small_run(colours, tmp_path / "run", amp="float16", epochs=1, recipe="linear")).epochs
+    assert len(calls) == 6 and math.isfinite(epoch.loss)
 
 
 def test_a_recipe_of_passes_is_resumed_and_goes_by_its_name(colours, tmp_path):

@@ -34,9 +34,12 @@ def test_each_image_is_scaled_for_itself_and_one_number_is_kept(dtype):
     assert kept == [3]
 
 
-def test_an_image_of_zeros_stays_one():
-    x = torch.zeros(2, 8, 4, 4, requires_grad=True)
-    TapScale()(x).sum().backward()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_an_image_of_zeros_stays_one(dtype):
+    x = torch.zeros(2, 8, 4, 4, dtype=dtype, requires_grad=True)
+    y = TapScale()(x)
+    assert (y == 0).all()
+    y.sum().backward()
     assert torch.isfinite(x.grad).all()
 
 

@@ -64,7 +64,6 @@ PAIRINGS = {
             "bias+lrp": TUNED,
             "adapter": ADDED,
             "vpt": TUNED,
-            "bias+lrp+compress": TUNED,
         },
     ),
     "tf_efficientnet_lite0": Pairing(

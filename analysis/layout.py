@@ -99,11 +99,19 @@ def _order(gm: fx.GraphModule, node: fx.Node, below: bool) -> Order | None:
     return None
 
 
+def _is_map(node: fx.Node) -> bool:
+    """Whether the value has four dimensions; below a map that was flattened or transposed, layers tell nothing of it."""
+    value = node.meta.get("val")
+    return not isinstance(value, torch.Tensor) or value.ndim == 4
+
+
 def _breadth_first(node: fx.Node, below: bool) -> Iterator[fx.Node]:
     seen = {node}
     queue = deque([node])
     while queue:
         current = queue.popleft()
+        if below and not _is_map(current):
+            continue
         for other in current.users if below else current.all_input_nodes:
             if other not in seen:
                 seen.add(other)

@@ -42,7 +42,7 @@ def finalize(gm: fx.GraphModule) -> fx.GraphModule:
         its batch dynamic.
 
     Raises:
-        InputError: `gm` is no graph module, or one with train mode baked in.
+        InputError: `gm` is no graph module, or one with train mode baked in: it draws, or uses the batch's statistics.
     """
     if not isinstance(gm, fx.GraphModule):
         raise InputError(f"got a {type(gm).__name__}, wanted what s2a_fx.transform(model, inputs, recipe) returns.")
@@ -66,11 +66,15 @@ def finalize(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def _has_train_mode_baked_in(node: fx.Node) -> bool:
+    """Whether torch.export wrote down an operator that trains: dropout in any spelling, batch statistics."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return False
     names = [argument.name for argument in node.target._schema.arguments]
     given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-    return given.get("train", given.get("training")) is True
+    for switch in ("train", "training", "dropout_p"):
+        if switch in names:
+            return bool(given.get(switch, False))
+    return torch.Tag.nondeterministic_seeded in node.target.tags
 
 
 def _written(gm: Any, name: str) -> fx.GraphModule:

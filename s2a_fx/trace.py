@@ -10,7 +10,7 @@ The graph
 3. keeps the batch symbolic: sizes that the model reads from its input stay nodes;
 4. carries `node.meta["val"]` (fake tensors) and `node.meta["nn_module_stack"]` (provenance) on every node.
 
-torch.fx is tried first. A model it cannot follow goes to `torch.export`, which bakes the present mode in: a warning says so.
+torch.fx is tried first. A model it cannot follow goes to `torch.export`, which bakes train mode in: a warning says so.
 """
 
 import copy

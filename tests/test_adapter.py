@@ -223,7 +223,8 @@ def test_a_base_of_other_values_is_refused_by_name(saved):
 def test_a_base_whose_data_is_another_tensor_is_read_again(saved):
     gm, path = saved
     s2a_fx.load_adapter(gm, path)
-    gm.conv.weight.data = gm.conv.weight.data + 1
+    for _ in range(2):  # the second may lie where the first one lay
+        gm.conv.weight.data = gm.conv.weight.data + 1
     with pytest.raises(s2a_fx.AdapterError, match=r"conv\.weight"):
         s2a_fx.load_adapter(gm, path)
 

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from small_models import SMALL, small_model
 from steps import Twice, layers
-from torch import fx, nn
+from timm.layers import DropPath
+from torch import nn
 
 import s2a_fx
 from s2a_fx.passes import CompressActivations, FreezeWeights, InsertLoRA, InsertLowRankPrompt, QuantizeNonParametric
@@ -248,17 +249,34 @@ def test_what_is_no_graph_is_refused(vit):
         s2a_fx.finalize(vit[0])
 
 
-def test_a_model_with_train_mode_baked_in_is_refused():
-    class Branches(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.head = nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 2))
+class Attention(nn.Module):
+    def forward(self, x):
+        x = x[:, None, None]
+        return F.scaled_dot_product_attention(x, x, x, dropout_p=0.5 if self.training else 0.0)[:, 0, 0]
 
-        def forward(self, x):
-            return self.head(x if x.shape[1:].numel() > 3 and len(x.shape) == 2 and not torch.is_complex(x) else -x)
 
+class Branches(nn.Module):
+    """A model that torch.fx cannot follow, and torch.export can."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.head = layer, nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(self.layer(x if x.shape[1:].numel() > 3 and len(x.shape) == 2 and not torch.is_complex(x) else -x))
+
+
+def traced_by_export(layer):
     with pytest.warns(UserWarning, match=r"torch\.export"):
-        gm = s2a_fx.transform(Branches(), torch.randn(2, 4), "full")
-    assert isinstance(gm, fx.GraphModule)
+        return s2a_fx.transform(Branches(layer), torch.randn(2, 4), "full")
+
+
+@pytest.mark.parametrize("layer", [nn.Dropout(0.5), DropPath(0.5), nn.BatchNorm1d(4), Attention()], ids=lambda m: type(m).__name__)
+def test_a_model_with_train_mode_baked_in_is_refused(layer):
     with pytest.raises(s2a_fx.InputError, match="baked"):
-        s2a_fx.finalize(gm)
+        s2a_fx.finalize(traced_by_export(layer))
+
+
+def test_an_exported_model_that_does_the_same_in_both_modes_is_finalized():
+    gm, x = traced_by_export(nn.Sequential(nn.LayerNorm(4), nn.GELU())), torch.randn(3, 4)
+    assert_equal_outputs(s2a_fx.finalize(gm)(x), gm(x))

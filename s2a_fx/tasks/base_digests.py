@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakIdKeyDictionary
 
 from s2a_fx.errors import AdapterError
@@ -59,7 +60,8 @@ def _state(tensor: torch.Tensor) -> Any:
     local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
     if local.is_inference():
         return None
-    return local._version, local.data_ptr(), local.dtype, local.device, tuple(local.shape), local.stride()
+    storage = StorageWeakRef(local.untyped_storage())  # its address would be that of another storage, once this one is freed
+    return storage, local._version, local.storage_offset(), local.dtype, tuple(local.shape), local.stride()
 
 
 def persistent(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -221,13 +221,13 @@ def read(file: Path, setting: Setting) -> list[Run]:
     return [Run(**{**run, "setting": setting}) for run in runs if run["setting"] == asdict(setting)]
 
 
-def best_rate(runs: list[Run]) -> float:
-    """The learning rate of the highest mean validation accuracy; the smaller of equals."""
-
-    def rank(lr: float) -> tuple[float, float]:
-        return round(mean(r.validation for r in runs if r.lr == lr), 6), -lr  # a sum's last digits break no tie
-
-    return max({r.lr for r in runs}, key=rank)
+def best_rate(runs: list[Run]) -> float | None:
+    """The learning rate of the highest mean validation accuracy, the smaller of equals; None if none has run with all seeds."""
+    found: dict[float, list[float]] = {}
+    for run in runs:
+        found.setdefault(run.lr, []).append(run.validation)
+    means = {lr: round(mean(values), 6) for lr, values in found.items() if len(values) == len(SEEDS)}  # last digits break no tie
+    return max(means, key=lambda lr: (means[lr], -lr), default=None)
 
 
 def of_method(runs: list[Run], model: str, method: str) -> list[Run]:
@@ -266,12 +266,12 @@ def row(model: str, method: str, runs: list[Run], setting: Setting) -> Row | Non
     except s2a_fx.S2AError as refusal:
         return Row(model, method, refused=str(refusal))
     found, full = of_method(runs, model, method), of_method(runs, model, "full")
-    if not found or not full:
+    best = best_rate(found)
+    if best is None or not full:
         return None
     trained = sum(p.numel() for p in gm.parameters() if p.requires_grad)
     kept = measure_saved_bytes(gm, (x,))
     optimizer = torch.optim.AdamW([p for p in gm.parameters() if p.requires_grad])
-    best = best_rate(found)
     chosen = sorted((r for r in found if r.lr == best), key=lambda r: r.seed)
     return Row(
         model=model,
@@ -330,7 +330,7 @@ def summarize(file: Path, setting: Setting, models: list[str]) -> None:
     for model in models:
         found = {method: row(model, method, runs, setting) for method in PAIRINGS[model].rates}
         for method in (m for m, r in found.items() if r is None):
-            print(f"{model}, {method}: skipped, {file} has not its runs, or not those of full")
+            print(f"{model}, {method}: skipped, {file} has no learning rate of it with every seed, or nothing of full")
         own = [r for r in found.values() if r is not None]
         if any(not r.refused for r in own):
             print(f"\n{model}\n\n{table(own)}\n")

@@ -66,9 +66,13 @@ def test_the_rate_is_chosen_on_the_validation_images_of_all_seeds_the_smaller_of
     def run(lr, seed, validation, test):
         return accuracy.Run("m", "full", lr, seed, setting, loss=0.0, validation=validation, test=test, seconds=1.0)
 
-    fails_once = [run(1e-2, 0, 0.9, 0.9), run(1e-2, 1, 0.5, 0.9)]
-    equals = [run(3e-3, 0, 0.85, 0.7), run(3e-3, 1, 0.65, 0.7), run(1e-3, 0, 0.8, 0.6), run(1e-3, 1, 0.7, 0.6)]
-    assert accuracy.best_rate([*fails_once, *equals]) == 1e-3
+    def runs(lr, *validation):
+        return [run(lr, seed, found, test=1 - lr) for seed, found in enumerate(validation)]
+
+    fails_once, unfinished = runs(1e-2, 0.9, 0.9, 0.4), runs(3e-2, 0.99, 0.99)
+    equals = [*runs(3e-3, 0.8, 0.75, 0.7), *runs(1e-3, 0.75, 0.7, 0.8)]
+    assert accuracy.best_rate([*fails_once, *unfinished, *equals]) == 1e-3
+    assert accuracy.best_rate(unfinished) is None
 
 
 def test_methods_that_are_no_recipe_differ_from_one_in_what_they_say(accuracy):

@@ -7,8 +7,9 @@
    balanced accuracy is the share of images that are right. The validation images are the same in all runs and in no other part;
    training and test images are drawn anew by each seed, the same for every method.
 2. Every method gets the same images, epochs, flips and schedule (AdamW, warm-up and cosine, label smoothing, a head that begins at
-   zero), and its own learning rate: that which is best on the validation images in the mean over the seeds, the smaller of equals.
-   Nothing is chosen on test images.
+   zero), and its own learning rate, found in runs of their own on the first `--search-train` of a seed's training images: each rate
+   with the first seed, the two best with all seeds; that of the highest mean on the validation images is taken, the smaller of
+   equals. These runs see no test image.
 3. Time is that of the CPU in training steps, not of the clock: other work on the machine changes it less.
 
 Batch norms keep their statistics in all methods, as `s2a-fx finetune --freeze-batch-norm` has it.
@@ -35,33 +36,49 @@ from s2a_fx.analysis.measure import measure_peak_bytes, measure_saved_bytes
 from s2a_fx.finetune import FinetuneOptions, evaluate, training_steps
 from s2a_fx.finetune.model import batch_norms
 from s2a_fx.finetune.objective import make_loss, make_optimizer, make_scheduler, no_decay
-from s2a_fx.passes import InsertLowRankPrompt
-from s2a_fx.recipes import resolve
+from s2a_fx.passes import AttachSideBranch, InsertLowRankPrompt
+from s2a_fx.recipes import GraphPass, resolve
 
 SEEDS = (0, 1, 2)
+FINALISTS = 2  # learning rates that are tried with every seed
 ALL_IMAGES = 2624
 COMPARED = ("full", "bias+lrp+lsb")
 TUNED, ADDED, HEAD = (1e-3, 3e-3, 1e-2), (3e-4, 1e-3, 3e-3), (3e-3, 1e-2, 3e-2)
-RECIPES = {"s2a, rank 18": tuple(replace(p, rank=18) if isinstance(p, InsertLowRankPrompt) else p for p in resolve("s2a"))}
-"""Methods that no recipe is named after. With rank 18, `s2a` trains less than one percent of ViT-S."""
+UNDER_ONE_PERCENT = "s2a, < 1 %"
+"""`s2a` with smaller prompts and side branch, the one method that no recipe is named after: the models are narrow, and `s2a` itself
+trains more of them."""
+
+
+def smaller(rank: int, skip: int = 0, reduction: int = 8) -> tuple[GraphPass, ...]:
+    """`s2a` with prompts of another rank, and prompts and side branch in the stages after the first `skip` alone."""
+    changed = {
+        InsertLowRankPrompt: InsertLowRankPrompt(rank=rank, skip=skip),
+        AttachSideBranch: AttachSideBranch(reduction=reduction, skip=skip),
+    }
+    return tuple(changed.get(type(p), p) for p in resolve("s2a"))  # type: ignore[call-overload]
 
 
 @dataclass(frozen=True)
 class Pairing:
-    """A model and, for each method in the order of the runs, the learning rates that are tried."""
+    """A model, the passes of `UNDER_ONE_PERCENT` on it, and for each method in the order of the runs the learning rates tried."""
 
     build: Callable[[], nn.Module]
+    under_one_percent: tuple[GraphPass, ...]
     rates: dict[str, tuple[float, ...]]
+
+    def recipe(self, method: str) -> str | tuple[GraphPass, ...]:
+        return self.under_one_percent if method == UNDER_ONE_PERCENT else method
 
 
 PAIRINGS = {
     "vit_small_patch14_dinov2": Pairing(
         real_data.vit_small,
+        smaller(rank=18),
         {
             "full": (3e-6, 1e-5, 3e-5, 1e-4),
             "bias+lrp+lsb": TUNED,
             "s2a": TUNED,
-            "s2a, rank 18": TUNED,
+            UNDER_ONE_PERCENT: TUNED,
             "linear": HEAD,
             "s2a-paper": TUNED,
             "s2a-max": TUNED,
@@ -74,14 +91,25 @@ PAIRINGS = {
     ),
     "tf_efficientnet_lite0": Pairing(
         real_data.efficientnet_lite0,
-        {"full": (1e-4, 3e-4, 1e-3), "bias+lrp+lsb": TUNED, "s2a": TUNED, "linear": HEAD, "s2a-max": TUNED, "bias": TUNED},
+        smaller(rank=4, skip=3, reduction=16),
+        {
+            "full": (1e-4, 3e-4, 1e-3),
+            "bias+lrp+lsb": TUNED,
+            "s2a": TUNED,
+            UNDER_ONE_PERCENT: TUNED,
+            "linear": HEAD,
+            "bias": TUNED,
+        },
     ),
 }
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Images in each part of the data, passes over the training images, of which `warmup` with a rising rate, images in a step."""
+    """Images in each part of the data, passes over the training images, of which `warmup` with a rising rate, images in a step.
+
+    Runs that search for a learning rate have no test images.
+    """
 
     train: int
     validation: int
@@ -93,7 +121,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: mean loss of the last epoch, balanced accuracies (0 to 1), CPU seconds in training steps."""
+    """A finished run: mean loss of the last epoch, balanced accuracies (0 to 1), CPU seconds in training steps, torch's version."""
 
     model: str
     method: str
@@ -102,8 +130,9 @@ class Run:
     setting: Setting
     loss: float
     validation: float
-    test: float
+    test: float | None
     seconds: float
+    torch: str = torch.__version__
 
 
 @dataclass(frozen=True)
@@ -169,19 +198,19 @@ def start(model: str) -> nn.Module:
     return original
 
 
-def build(original: nn.Module, method: str, example: torch.Tensor) -> nn.Module:
+def build(original: nn.Module, recipe: str | tuple[GraphPass, ...], example: torch.Tensor) -> nn.Module:
     """The module to train, its batch norms at rest."""
-    gm = s2a_fx.transform(original, example, RECIPES.get(method, method)).train()
+    gm = s2a_fx.transform(original, example, recipe).train()
     for path in batch_norms(original):
         gm.get_submodule(path).eval()
     return gm
 
 
-def train(model: str, method: str, lr: float, seed: int, setting: Setting, data: Data) -> Run:
+def train(method: "Method", lr: float, seed: int, setting: Setting, data: Data) -> Run:
     options = FinetuneOptions(
-        model=model,
+        model=method.model,
         data=Path("elpv-dataset"),
-        recipe=RECIPES.get(method, method),
+        recipe=method.recipe,
         epochs=setting.epochs,
         warmup_epochs=setting.warmup,
         batch_size=setting.batch_size,
@@ -191,8 +220,8 @@ def train(model: str, method: str, lr: float, seed: int, setting: Setting, data:
     )
     torch.manual_seed(seed)
     training, validation, test = split(data.labels, setting, seed)
-    original = start(model)
-    gm = build(original, method, data.images[: setting.batch_size])
+    original = start(method.model)
+    gm = build(original, method.recipe, data.images[: setting.batch_size])
     optimizer, loss = make_optimizer(gm, options, no_decay(original)), make_loss(options)
     updates = len(training) // setting.batch_size
     scheduler = make_scheduler(optimizer, options, updates)
@@ -210,8 +239,45 @@ def train(model: str, method: str, lr: float, seed: int, setting: Setting, data:
             losses[done % updates] = value
             done += 1
         seconds += process_time() - started
-    found = [evaluate(gm, data.batches(part, 50), 2).balanced for part in (validation, test)]
-    return Run(model, method, lr, seed, setting, losses.mean().item(), *found, seconds)
+    found = [evaluate(gm, data.batches(part, 50), 2).balanced if len(part) else None for part in (validation, test)]
+    assert found[0] is not None
+    return Run(method.model, method.name, lr, seed, setting, losses.mean().item(), found[0], found[1], seconds)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method on a model: its runs in a file, one a line, and those to come."""
+
+    model: str
+    name: str
+    file: Path
+
+    @property
+    def recipe(self) -> str | tuple[GraphPass, ...]:
+        return PAIRINGS[self.model].recipe(self.name)
+
+    def runs(self, setting: Setting) -> list[Run]:
+        """What was run with this setting."""
+        return [r for r in read(self.file, setting) if (r.model, r.method) == (self.model, self.name)]
+
+    def run(self, setting: Setting, lr: float, seed: int, data: Data) -> None:
+        """Train and append to the file, if it is not there."""
+        if any((r.lr, r.seed) == (lr, seed) for r in self.runs(setting)):
+            return
+        finished = train(self, lr, seed, setting, data)
+        with self.file.open("a") as stream:
+            stream.write(json.dumps(asdict(finished)) + "\n")
+        print(", ".join(f"{name} {value}" for name, value in asdict(finished).items() if name != "setting"), flush=True)
+
+    def run_all(self, search: Setting, final: Setting, data: Data) -> None:
+        """The runs that search for the learning rate, then those with the one found."""
+        for lr in PAIRINGS[self.model].rates[self.name]:
+            self.run(search, lr, SEEDS[0], data)
+        for lr, seed in product(best_rates(self.runs(search), 1)[:FINALISTS], SEEDS[1:]):
+            self.run(search, lr, seed, data)
+        best, *_ = best_rates(self.runs(search), len(SEEDS))
+        for seed in SEEDS:
+            self.run(final, best, seed, data)
 
 
 def read(file: Path, setting: Setting) -> list[Run]:
@@ -221,64 +287,52 @@ def read(file: Path, setting: Setting) -> list[Run]:
     return [Run(**{**run, "setting": setting}) for run in runs if run["setting"] == asdict(setting)]
 
 
-def best_rate(runs: list[Run]) -> float | None:
-    """The learning rate of the highest mean validation accuracy, the smaller of equals; None if none has run with all seeds."""
+def best_rates(runs: list[Run], seeds: int) -> list[float]:
+    """The learning rates of so many seeds, that of the highest mean validation accuracy first, the smaller of equals."""
     found: dict[float, list[float]] = {}
     for run in runs:
-        found.setdefault(run.lr, []).append(run.validation)
-    means = {lr: round(mean(values), 6) for lr, values in found.items() if len(values) == len(SEEDS)}  # last digits break no tie
-    return max(means, key=lambda lr: (means[lr], -lr), default=None)
+        if run.seed < seeds:
+            found.setdefault(run.lr, []).append(run.validation)
+    means = {lr: round(mean(values), 6) for lr, values in found.items() if len(values) == seeds}  # last digits break no tie
+    return sorted(means, key=lambda lr: (-means[lr], lr))
 
 
-def of_method(runs: list[Run], model: str, method: str) -> list[Run]:
-    return [r for r in runs if (r.model, r.method) == (model, method)]
+def methods(file: Path, models: list[str]) -> list[Method]:
+    return [Method(model, name, file) for model in models for name in PAIRINGS[model].rates]
 
 
-def work(file: Path, setting: Setting, models: list[str], shard: tuple[int, int]) -> None:
-    """Train what is not in `file` yet: each method with each of its learning rates and each seed."""
+def work(file: Path, search: Setting, final: Setting, models: list[str], shard: tuple[int, int]) -> None:
+    """Train what is not in `file` yet."""
     data = Data(*real_data.solar_cells(ALL_IMAGES))
-    methods = [(model, method) for model in models for method in PAIRINGS[model].rates]
-
-    def run(model: str, method: str, lr: float, seed: int) -> None:
-        found = of_method(read(file, setting), model, method)
-        if any((r.lr, r.seed) == (lr, seed) for r in found):
-            return
-        finished = train(model, method, lr, seed, setting, data)
-        with file.open("a") as stream:
-            stream.write(json.dumps(asdict(finished)) + "\n")
-        print(f"{model}, {method}, lr {lr:g}, seed {seed}: {finished.validation:.3f}, {finished.seconds:.0f} s", flush=True)
-
-    for model, method in methods[shard[0] :: shard[1]]:
+    for method in methods(file, models)[shard[0] :: shard[1]]:
         try:
-            for lr, seed in product(PAIRINGS[model].rates[method], SEEDS):
-                run(model, method, lr, seed)
+            method.run_all(search, final, data)
         except s2a_fx.S2AError as refusal:
-            print(f"{model}, {method}: {refusal}", flush=True)
+            print(f"{method.model}, {method.name}: {refusal}", flush=True)
 
 
-def row(model: str, method: str, runs: list[Run], setting: Setting) -> Row | None:
-    """The row of a method, None if it was not run; its memory is measured here."""
+def row(method: Method, setting: Setting) -> Row | None:
+    """The row of a method, None if not all of its runs are there; its memory is measured here."""
     x = torch.randn(setting.batch_size, 3, real_data.SIDE, real_data.SIDE)
-    original = start(model)
+    original = start(method.model)
     size, head = (sum(p.numel() for p in m.parameters()) for m in (original, original.get_classifier()))
     try:
-        gm = build(original, method, x)
+        gm = build(original, method.recipe, x)
     except s2a_fx.S2AError as refusal:
-        return Row(model, method, refused=str(refusal))
-    found, full = of_method(runs, model, method), of_method(runs, model, "full")
-    best = best_rate(found)
-    if best is None or not full:
+        return Row(method.model, method.name, refused=str(refusal))
+    found = sorted(method.runs(setting), key=lambda r: r.seed)
+    full = replace(method, name="full").runs(setting)
+    if len(found) != len(SEEDS) or not full:
         return None
     trained = sum(p.numel() for p in gm.parameters() if p.requires_grad)
     kept = measure_saved_bytes(gm, (x,))
     optimizer = torch.optim.AdamW([p for p in gm.parameters() if p.requires_grad])
-    chosen = sorted((r for r in found if r.lr == best), key=lambda r: r.seed)
     return Row(
-        model=model,
-        method=method,
-        lr=best,
-        test=tuple(r.test for r in chosen),
-        seeds=tuple(r.seed for r in chosen),
+        model=method.model,
+        method=method.name,
+        lr=found[0].lr,
+        test=tuple(r.test for r in found if r.test is not None),
+        seeds=tuple(r.seed for r in found),
         trained_percent=100 * trained / size,
         trained_percent_without_head=100 * (trained - head) / (size - head),
         kept_bytes=kept,
@@ -324,18 +378,22 @@ def _points(shares: Sequence[float]) -> str:
     return f"{100 * mean(shares):.2f} ± {100 * stdev(shares):.2f}" if len(shares) > 1 else f"{100 * shares[0]:.2f}"
 
 
-def summarize(file: Path, setting: Setting, models: list[str]) -> None:
-    runs = read(file, setting)
+def summarize(file: Path, search: Setting, final: Setting, models: list[str]) -> None:
     rows: list[Row] = []
     for model in models:
-        found = {method: row(model, method, runs, setting) for method in PAIRINGS[model].rates}
-        for method in (m for m, r in found.items() if r is None):
-            print(f"{model}, {method}: skipped, {file} has no learning rate of it with every seed, or nothing of full")
+        found = {method.name: row(method, final) for method in methods(file, [model])}
+        for name in (n for n, r in found.items() if r is None):
+            print(f"{model}, {name}: skipped, {file} has not all of its runs, or nothing of full")
         own = [r for r in found.values() if r is not None]
         if any(not r.refused for r in own):
             print(f"\n{model}\n\n{table(own)}\n")
             rows += own
-    figures = {"setting": asdict(setting), "rows": [asdict(r) for r in rows], "runs": [asdict(r) for r in runs]}
+    figures = {
+        "search": asdict(search),
+        "final": asdict(final),
+        "rows": [asdict(r) for r in rows],
+        "runs": [asdict(r) for setting in (search, final) for r in read(file, setting)],
+    }
     print(record.write("accuracy", figures))
 
 
@@ -345,19 +403,21 @@ def main() -> None:
     parser.add_argument("--summary", action="store_true")
     parser.add_argument("--shard", default="0/1", metavar="I/N", help="train every N-th method from the I-th")
     parser.add_argument("--models", nargs="+", default=list(PAIRINGS), choices=PAIRINGS)
-    parser.add_argument("--train", type=int, default=320)
+    parser.add_argument("--train", type=int, default=640)
+    parser.add_argument("--search-train", type=int, default=320)
     parser.add_argument("--validation", type=int, default=200)
     parser.add_argument("--test", type=int, default=800)
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--batch-size", type=int, default=16)
     options = parser.parse_args()
-    setting = Setting(options.train, options.validation, options.test, options.epochs, options.warmup, options.batch_size)
+    final = Setting(options.train, options.validation, options.test, options.epochs, options.warmup, options.batch_size)
+    search = replace(final, train=options.search_train, test=0)
     if options.summary:
-        summarize(options.runs, setting, options.models)
+        summarize(options.runs, search, final, options.models)
     else:
         shard, shards = (int(part) for part in options.shard.split("/"))
-        work(options.runs, setting, options.models, (shard, shards))
+        work(options.runs, search, final, options.models, (shard, shards))
 
 
 if __name__ == "__main__":

@@ -72,14 +72,21 @@ def _in_turn(order: list[int]) -> Iterator[int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("recipe", "batches"), [("full", 1), ("bias+checkpoint", 2), ("s2a", 1), ("s2a-max", 1)])
+@pytest.mark.parametrize(
+    ("recipe", "batches", "together"),
+    [("full", 1, 1), ("bias+lrp+lsb", 1, 1), ("bias+checkpoint", 2, 1), ("s2a", 1, 2), ("s2a-max", 1, 2)],
+)
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_twelve_steps_of_two_processes_are_those_of_one(parallel, recipe, batches, colours, tmp_path, monkeypatch):
+def test_twelve_steps_of_two_processes_are_those_of_one(parallel, recipe, batches, together, colours, tmp_path, monkeypatch):
+    """`batches`: that each process adds up; `together`: those of one, which holds the whole batch, but for coded recipes.
+
+    Codes are made about the mean of the batch that they are made in: two processes are one that adds up the batches of both.
+    """
     printed = _two(tmp_path, colours, tmp_path / "two", parallel, recipe=recipe, batch_size=4 // batches, grad_accumulation=batches)
     assert printed.count("epoch 1/2") == 1  # the first process alone prints
     monkeypatch.setattr(Order, "__iter__", lambda order: _in_turn(list(whole_order(order))))
     changes = {"optimizer": "sgd", "lr": 0.01, "epochs": 2, "model_options": SMALL, "recipe": recipe}
-    changes |= {"batch_size": 4, "grad_accumulation": 2}  # codes round about the mean of the batch that they are made in
+    changes |= {"batch_size": 8 // together, "grad_accumulation": together}
     result = finetune(small_run(colours, tmp_path / "one", **changes))
     one, two = stored(tmp_path / "one"), stored(tmp_path / "two")
     assert one["trained"].keys() == two["trained"].keys()

@@ -60,7 +60,7 @@ class _CodedAttention(torch.autograd.Function):
         ctx.dtype = query.dtype
         codes: list[torch.Tensor] = []
         for x in (query, *(t - t.mean(-2, keepdim=True) for t in (key, value))):
-            codes += module.codec.encode(flat.rows(x, GROUP))
+            codes += module.codec.encode(flat.groups(x, GROUP))
         of_map: list[torch.Tensor] = []
         rows = query.shape[1:-1].numel()
         for start, part in parts(query, module.images):
@@ -88,7 +88,7 @@ class _CodedAttention(torch.autograd.Function):
             place = slice(start, start + part.shape[0])
             here = (start, part.shape[0])
             query, key, value = (
-                flat.restore(
+                flat.restore_groups(
                     module.codec.decode(of_images(saved[i : i + 2], here, batch)), torch.Size((part.shape[0], *shape[1:])), False
                 )
                 for i, shape in zip((0, 2, 4), ctx.shapes, strict=True)

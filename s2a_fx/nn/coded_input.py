@@ -1,7 +1,7 @@
 """Any part of a model, kept as the codes of its inputs and recomputed from them in the backward.
 
 For what no operator of its own serves: the side branch's layers, a trained convolution, the product of two activations. A code's
-range holds for 64 neighbours in memory.
+range holds for 64 neighbours in memory, of one image.
 """
 
 from collections.abc import Sequence
@@ -95,7 +95,7 @@ class CodedInput(Recomputed):
             mean = x.mean(-2, keepdim=True)
             compiling = torch.compiler.is_dynamo_compiling()  # a compiler takes the strides of x for those of `out`
             x = x.contiguous() - mean if compiling else torch.sub(x, mean, out=x.new_empty(x.shape))
-        return self.codec.encode(flat.rows(x, GROUP))
+        return self.codec.encode(flat.groups(x, GROUP))
 
     def run_at_once(self) -> None:
         self.parts = WHOLE
@@ -166,10 +166,7 @@ def _parts(wanted: Parts, layouts: Sequence[_Layout]) -> Parts:
     if not wanted.images:
         return WHOLE
     first = layouts[0].shape[0]
-    alike = all(
-        layout.shape[0] == first and len(layout.shape) > 2 and layout.shape[1:].numel() % GROUP == 0 and not layout.channels_last
-        for layout in layouts
-    )
+    alike = all(layout.shape[0] == first and len(layout.shape) > 2 and not layout.channels_last for layout in layouts)
     return wanted if alike else WHOLE
 
 
@@ -196,14 +193,14 @@ def _decoded(codec: Rows, coded: Coded, layout: _Layout, place: tuple[int, int])
     images, batch = place[1], layout.shape[0]
     coded = of_images(coded, place, batch)
     shape = torch.Size((images, *layout.shape[1:])) if images < batch else layout.shape
-    values = flat.restore(codec.decode(coded), shape, layout.channels_last).to(layout.dtype)
+    values = flat.restore_groups(codec.decode(coded), shape, layout.channels_last).to(layout.dtype)
     return values.detach().requires_grad_(layout.needs_grad)
 
 
 def of_images(coded: tuple[torch.Tensor, ...], place: tuple[int, int], batch: int) -> Coded:
     """The rows of codes and ranges that are those of the images at a place; each of `batch` images has as many."""
     start, images = place
-    if images == batch:  # a last row may be of several images
+    if images == batch:  # none, perhaps
         return coded[0], coded[1]
     each = coded[0].shape[0] // batch
     rows = slice(start * each, (start + images) * each)

@@ -49,7 +49,7 @@ class DecodedRows(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, codes: torch.Tensor, ranges: torch.Tensor, bits: int, channels_last: bool
     ) -> torch.Tensor:
-        decoded = flat.restore(Rows(bits).decode((codes, ranges)), x.shape, channels_last)
+        decoded = flat.restore_groups(Rows(bits).decode((codes, ranges)), x.shape, channels_last)
         return decoded.to(x.dtype).view_as(x)  # reads x: Dynamo of torch 2.11 gives what is not read a gradient of zero
 
     @staticmethod
@@ -58,7 +58,7 @@ class DecodedRows(torch.autograd.Function):
 
 
 class DecodedNorm(torch.autograd.Function):
-    """(x, weight, bias, codes, ranges, rstd, shift, bits, centered, dtype) -> the normalized x as it was coded, (rows, width)."""
+    """(x, weight, bias, codes, ranges, rstd, shift, bits, centered, dtype) -> the normalized x as it was coded, by image."""
 
     @staticmethod
     def forward(
@@ -84,6 +84,6 @@ class DecodedNorm(torch.autograd.Function):
         grad_x = normalize_backward(grad, codes, ranges, shift, rstd, weight, ctx.bits, ctx.centered, ctx.dtype)
         one, zero = torch.ones_like(weight, dtype=torch.float32), torch.zeros_like(weight, dtype=torch.float32)
         unit = normalize_decode(codes, ranges, shift, one, zero, ctx.bits, torch.float32)
-        grad_weight = (grad.float() * unit).sum(0, keepdim=True).to(weight.dtype)
-        grad_bias = grad.sum(0, keepdim=True).to(bias.dtype)
+        grad_weight = (grad.float() * unit).sum((0, 1)).to(weight.dtype).view_as(weight)
+        grad_bias = grad.sum((0, 1)).to(bias.dtype).view_as(bias)
         return grad_x, grad_weight, grad_bias, *(None,) * 7

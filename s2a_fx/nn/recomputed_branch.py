@@ -16,7 +16,15 @@ from torch import fx
 from s2a_fx.codecs.rows import Rows
 from s2a_fx.nn.compiled import DecodedNorm, recomputed
 from s2a_fx.nn.recompute import Circumstances, Recomputed, detached, needs_grad, parts, refuse_second_derivative
-from s2a_fx.ops.normalize import channel_means, normalize_backward, normalize_decode, normalize_encode, normalized, plain_norm
+from s2a_fx.ops.normalize import (
+    by_image,
+    channel_shift,
+    normalize_backward,
+    normalize_decode,
+    normalize_encode,
+    normalized,
+    plain_norm,
+)
 
 
 @dataclass(frozen=True)
@@ -29,7 +37,7 @@ class Norm:
     def __call__(
         self, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The normalized x, and mean and 1 / sigma of each row, (rows, 1)."""
+        """The normalized x, and mean and 1 / sigma of each row, (images, rows, 1)."""
         return normalized(x, weight, bias, self.eps, self.centered)
 
 
@@ -67,18 +75,22 @@ class RecomputedBranch(Recomputed):
         width = x.shape[-1]
         with torch.no_grad():
             y, mean, rstd = self.norm(x, weight, bias)
-            rows = x.reshape(-1, width)
-            shift = channel_means(rows, mean, rstd)
-            codes = (*normalize_encode(rows, mean, rstd, shift, self.codec.bits, self.group), rstd.bfloat16(), shift)
+            codes = self.encoded(x, mean, rstd)
         scale = torch.ones(1, width, device=x.device) if weight is None else weight.view(1, width)
         added = torch.zeros(1, width, device=x.device) if bias is None else bias.view(1, width)
 
         def part(x: torch.Tensor, scale: torch.Tensor, added: torch.Tensor, *tensors: Any) -> torch.Tensor:
             options = (self.codec.bits, self.norm.centered, y.dtype)
-            decoded = DecodedNorm.apply(x.reshape(-1, width), scale, added, *tensors[:4], *options)
+            decoded = DecodedNorm.apply(by_image(x), scale, added, *tensors[:4], *options)
             return self.backward_body(decoded.view(x.shape), *tensors[4:])  # type: ignore[no-any-return]
 
         return recomputed(lambda: self.body(y, *operands), part, x, scale, added, *codes, *operands)
+
+    def encoded(self, x: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What is kept of x: codes, ranges, 1 / sigma and shift, each (images, rows or 1, ...)."""
+        rows = by_image(x)
+        shift = channel_shift(rows, mean, rstd)
+        return *normalize_encode(rows, mean, rstd, shift, self.codec.bits, self.group), rstd.bfloat16(), shift
 
     def run_at_once(self) -> None:
         self.images = 0
@@ -94,13 +106,10 @@ class _RecomputedBranch(torch.autograd.Function):
         ctx.branch, ctx.shape, ctx.dtype = branch, x.shape, x.dtype
         ctx.trained = tensors[2 + count :]
         ctx.circumstances = Circumstances(x)
-        out, shift, codes = None, None, None
-        rows_each = x.shape[1:-1].numel()
+        out, codes = None, None
         for start, part in parts(x, branch.images):
             y, mean, rstd = branch.norm(part, weight, bias)
-            rows = part.reshape(-1, x.shape[-1])
-            shift = channel_means(rows, mean, rstd) if shift is None else shift  # the first part's will do: any is decoded exactly
-            coded = (*normalize_encode(rows, mean, rstd, shift, branch.codec.bits, branch.group), rstd.bfloat16())
+            coded = branch.encoded(part, mean, rstd)
             del mean, rstd
             ctx.normalized_dtype = y.dtype
             result = branch.body(y, *operands)
@@ -110,16 +119,15 @@ class _RecomputedBranch(torch.autograd.Function):
                 break
             if out is None or codes is None:
                 out = result.new_empty(x.shape[0], *result.shape[1:])
-                codes = tuple(t.new_empty(x.shape[0] * rows_each, t.shape[1]) for t in coded)
-            out[start : start + part.shape[0]] = result
-            for whole, piece in zip(codes, coded, strict=True):
-                whole[start * rows_each : start * rows_each + piece.shape[0]] = piece
-            del result, coded, rows
+                codes = tuple(t.new_empty(x.shape[0], *t.shape[1:]) for t in coded)
+            for whole, piece in zip((out, *codes), (result, *coded), strict=True):
+                whole[start : start + part.shape[0]] = piece
+            del result, coded, piece
         ctx.circumstances.drawn()
         assert out is not None and codes is not None
         present = [name for name, t in (("weight", weight), ("bias", bias)) if t is not None]
         ctx.saved_names = ("codes", "ranges", "rstd", "shift", *present, "operand")
-        ctx.save_for_backward(*codes, shift, weight, bias, *(t for t in operands if isinstance(t, torch.Tensor)))
+        ctx.save_for_backward(*codes, weight, bias, *(t for t in operands if isinstance(t, torch.Tensor)))
         ctx.constants = [None if isinstance(t, torch.Tensor) else t for t in operands]
         return out
 
@@ -127,7 +135,8 @@ class _RecomputedBranch(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         refuse_second_derivative()
         branch: RecomputedBranch = ctx.branch
-        packed, ranges, rstd, shift, weight, bias, *kept = ctx.saved_tensors
+        saved = ctx.saved_tensors
+        codes, (weight, bias), kept = saved[:4], saved[4:6], saved[6:]
         tensors = iter(kept)
         operands = [next(tensors) if constant is None else constant for constant in ctx.constants]
         operands = [detached(t) for t in operands]
@@ -140,27 +149,26 @@ class _RecomputedBranch(torch.autograd.Function):
         added = zero if bias is None else bias.detach().view(1, width)
         grad_x = torch.empty(ctx.shape, dtype=ctx.dtype, device=grad.device) if ctx.needs_input_grad[2] else None
         norm_totals: list[torch.Tensor | None] = [None, None]
-        rows_each = ctx.shape[1:-1].numel()
         with ctx.circumstances.replayed():
             for start, part in parts(grad, branch.images):
-                rows = slice(start * rows_each, (start + part.shape[0]) * rows_each)
-                y = normalize_decode(packed[rows], ranges[rows], shift, scale, added, bits, ctx.normalized_dtype)
+                packed, ranges, rstd, shift = (t[start : start + part.shape[0]] for t in codes)
+                y = normalize_decode(packed, ranges, shift, scale, added, bits, ctx.normalized_dtype)
                 y = y.view(part.shape[0], *ctx.shape[1:]).requires_grad_()
                 with torch.enable_grad(), ctx.circumstances.autocast():
                     result = branch.backward_body(y, *operands)
                 grad_y, *grads = torch.autograd.grad(result, (y, *leaves), part, allow_unused=True)
                 del result
                 totals = [_sum(total, g) for total, g in zip(totals, grads, strict=True)]
-                grad_y = grad_y.reshape(-1, width)
+                grad_y = by_image(grad_y)
                 if ctx.needs_input_grad[3]:
-                    unit = normalize_decode(packed[rows], ranges[rows], shift, one, zero, bits, torch.float32)
-                    norm_totals[0] = _sum(norm_totals[0], (grad_y.float() * unit).sum(0).to(weight.dtype))
+                    unit = normalize_decode(packed, ranges, shift, one, zero, bits, torch.float32)
+                    norm_totals[0] = _sum(norm_totals[0], (grad_y.float() * unit).sum((0, 1)).to(weight.dtype))
                 if ctx.needs_input_grad[4]:
-                    norm_totals[1] = _sum(norm_totals[1], grad_y.sum(0).to(bias.dtype))
+                    norm_totals[1] = _sum(norm_totals[1], grad_y.sum((0, 1)).to(bias.dtype))
                 del y
                 if grad_x is not None:
                     grad_x[start : start + part.shape[0]] = normalize_backward(
-                        grad_y, packed[rows], ranges[rows], shift, rstd[rows], scale, bits, branch.norm.centered, ctx.dtype
+                        grad_y, packed, ranges, shift, rstd, scale, bits, branch.norm.centered, ctx.dtype
                     ).view(part.shape[0], *ctx.shape[1:])
         found = iter(totals)
         of_operands = [next(found) if isinstance(t, torch.Tensor) and t.requires_grad else None for t in operands]

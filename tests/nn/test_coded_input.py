@@ -118,7 +118,7 @@ def test_bytes_kept_are_the_codec_s(bits):
     gm = coded(model, x, bits)
     with Kept(*gm.parameters()) as kept:
         y = gm(x)
-    rows = flat.rows(x, 64).shape[0]
+    rows = flat.groups(x, 64).shape[0]
     assert kept.nbytes == Rows(bits).nbytes(rows, 64)
     del y
 

@@ -148,7 +148,7 @@ def test_parts_agree_with_the_whole(family):
         results.append(step(gm, x))
     for output, grads in results[1:]:
         torch.testing.assert_close(output, results[0][0], rtol=1e-4, atol=1e-5)
-        assert worst_cosine(grads, results[0][1]) > (0.999,)  # the first part decides the shift of all
+        assert worst_cosine(grads, results[0][1]) > (0.999999,)  # codes are an image's own
 
 
 @pytest.mark.parametrize("images", [0, 1])

@@ -5,6 +5,7 @@ import torch
 from small_models import small_model
 from steps import layers, step, ten_steps, worst_cosine
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 import s2a_fx
 from s2a_fx.analysis.measure import measure_saved_bytes
@@ -52,6 +53,30 @@ def test_predicted_bytes_equal_bytes_held_by_autograd_when_all_is_coded_and_trai
     predicted = s2a_fx.analyze(gm, x).saved_bytes
     assert predicted == measure_saved_bytes(gm, (x,))
     assert predicted < 0.45 * measure_saved_bytes(model, (x,))
+
+
+@pytest.mark.parametrize(("family", "recipe"), TRAINED)
+def test_a_batch_s_gradient_is_the_sum_of_its_images_gradients(family, recipe):
+    """Codes are an image's own, so that accumulated batches and several processes train as one whole batch does."""
+    options = {} if family == "resnet" else {"drop_path_rate": 0.0}
+    model, x = small_model(family, **options)
+    x = torch.cat((x, 2 * x.flip(0)))
+    gm = grown(model, x, recipe)
+    for module in gm.modules():
+        if isinstance(module, _BatchNorm):
+            module.eval()  # its statistics are of the batch
+
+    def gradient(*batches):
+        gm.zero_grad()
+        for images in batches:
+            gm(images).square().sum().backward()
+        return {name: p.grad.clone() for name, p in gm.named_parameters() if p.grad is not None}
+
+    whole, parts = gradient(x), gradient(x[0::2], x[1:2], x[3:])
+    for name, exact in whole.items():
+        torch.testing.assert_close(
+            parts[name], exact, rtol=0, atol=1e-4 * exact.norm().item() + 1e-7, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize(("family", "recipe"), TRAINED)

@@ -9,6 +9,13 @@ class InputError(S2AError, ValueError):
     """An argument is not usable: a model, its inputs, a recipe's name, a pass's option."""
 
 
+class UnreadableImage(InputError):
+    """An image of a data set cannot be read. Processes that load images put a traceback before the message: it is left out."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.strip().rpartition(f"{type(self).__name__}: ")[2])
+
+
 class TraceError(S2AError, RuntimeError):
     """The model cannot be turned into a graph."""
 

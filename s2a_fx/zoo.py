@@ -70,6 +70,8 @@ def create_model(
     Raises:
         InputError: timm has no such model, or cannot build it so.
     """
+    if "/" in name or ":" in name:
+        raise InputError(f"unknown model {name!r}; wanted a name of timm's own, without hub or owner: {name.rpartition('/')[2]!r}.")
     if not timm.is_model(name):
         near = get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
         hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() names them all."
@@ -78,10 +80,10 @@ def create_model(
     asked += f" with {', '.join(f'{key}={value!r}' for key, value in options.items())}" if options else ""
     if num_classes is not None:
         options["num_classes"] = num_classes
-    config = timm.get_pretrained_cfg(name)
-    if image_size is not None and config is not None and config.fixed_input_size:
-        options["img_size"] = image_size
     try:
+        config = timm.get_pretrained_cfg(name)
+        if image_size is not None and config is not None and config.fixed_input_size:
+            options["img_size"] = image_size
         return timm.create_model(name, pretrained=pretrained, **options)
-    except (AssertionError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise InputError(f"{name} cannot be built{asked}: {error}.") from error
+    except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise InputError(f"{name} cannot be built{asked}: {str(error).rstrip('.')}.") from error

@@ -10,7 +10,6 @@ all that a file says tells a damaged one from a whole one; it is no signature.
 
 import hashlib
 from dataclasses import asdict, dataclass
-from io import BytesIO
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -32,12 +31,15 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Epoch:
-    """A finished epoch: its number from 1, mean training loss, accuracy on the evaluation split, and images trained on a second."""
+    """A finished epoch: its number from 1, mean training loss, accuracy on the evaluation split, and images trained on a second.
+
+    There is no such speed, but None, of an epoch whose steps another process made: the run was killed in the evaluation.
+    """
 
     number: int
     loss: float
     accuracy: Accuracy
-    images_per_second: float
+    images_per_second: float | None
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Position:
     updates: int = 0
     loss_sum: float = 0.0
 
-    def after_epoch(self, accuracy: Accuracy, images_per_second: float) -> "Position":
+    def after_epoch(self, accuracy: Accuracy, images_per_second: float | None) -> "Position":
         """The epoch is over."""
         epoch = Epoch(len(self.epochs) + 1, self.loss_sum / self.updates, accuracy, images_per_second)
         return Position((*self.epochs, epoch))
@@ -147,15 +149,14 @@ def write(record: dict[str, Any], *files: Path) -> None:
     Raises:
         InputError: a file cannot be written.
     """
-    data = BytesIO()  # torch.save turns a full disk into an error of its own
-    torch.save({"version": VERSION, "digest": _digest(record), "run": record}, data)
+    content = {"version": VERSION, "digest": _digest(record), "run": record}
     for file in files:
         part = file.with_name(f".{file.name}.part")  # of one name: what a killed run leaves is written over
         try:
             with written_whole(file, part) as stream:
-                stream.write(data.getbuffer())
-        except OSError as error:
-            raise InputError(f"{file}: cannot be written: {error.strerror}.") from error
+                torch.save(content, stream)
+        except (OSError, RuntimeError) as error:  # of a full disk torch makes an error of its own
+            raise InputError(f"{file}: cannot be written: {getattr(error, 'strerror', None) or 'the disk is full'}.") from error
 
 
 def require(file: Path) -> None:
@@ -174,7 +175,7 @@ def read(file: Path) -> dict[str, Any]:
     """
     require(file)
     try:
-        stored = torch.load(file, map_location="cpu", weights_only=True)
+        stored = torch.load(file, map_location="cpu", weights_only=True, mmap=True)  # no second copy of what is trained
         version, record = stored["version"], stored["run"]
         intact = version != VERSION or stored["digest"] == _digest(record)
     except Exception as error:  # a damaged archive has errors of many kinds

@@ -3,11 +3,13 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from io import BytesIO
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from timm.data import Mixup, create_dataset, create_loader
 from torch.utils.data import IterableDataset
 from torch.utils.data.distributed import DistributedSampler
@@ -34,7 +36,8 @@ def open_data(options: FinetuneOptions, processes: Processes) -> DataSets:
     """The two splits of the run's data set.
 
     Raises:
-        InputError: there is no such data, a split is missing or empty, or the classes of the splits do not agree.
+        InputError: there is no such data, a split is missing or empty, an image of a folder lies in no class's own, or the classes
+            of the splits do not agree.
     """
     if not options.dataset and not options.data.is_dir():
         raise InputError(f"{options.data}: there is no such folder; give one that holds train/ and val/, or name a --dataset.")
@@ -64,6 +67,8 @@ def _fetch(options: FinetuneOptions) -> None:
 
 
 def _split(options: FinetuneOptions, split: str, **settings: Any) -> Any:
+    if not options.dataset:  # decoded by the transform: timm's own decoding puts the next image in the place of a broken one
+        settings["load_bytes"] = True
     try:
         dataset = create_dataset(options.dataset, root=str(options.data), split=split, download=options.download, **settings)
     except Exception as error:  # each kind of data set has its own
@@ -75,9 +80,18 @@ def _split(options: FinetuneOptions, split: str, **settings: Any) -> Any:
         raise InputError(
             f"{options.data}: has no folder for the split {split!r}; wanted train/ and val/, a folder a class in each."
         )
+    if not options.dataset:
+        _check_places(Path(dataset.reader.root), dataset.filenames(absolute=True))
     if not len(dataset):
         raise InputError(f"{options.dataset or options.data}, split {split!r}: has no images.")
     return dataset
+
+
+def _check_places(root: Path, files: list[str]) -> None:
+    """Refuse images that lie elsewhere than in a folder of their class: timm names a class by the last folder alone."""
+    strange = next((file for file in files if Path(file).parent.parent != root), None)
+    if strange is not None:
+        raise InputError(f"{strange}: lies in no folder of a class; wanted {root}/CLASS/IMAGE. Move it, or take another --dataset.")
 
 
 def _check_names(options: FinetuneOptions, names: tuple[str, ...], val_names: tuple[str, ...], movable: bool) -> None:
@@ -160,6 +174,7 @@ def make_loader(
             mean=config["mean"],
             std=config["std"],
             crop_pct=config["crop_pct"],
+            crop_mode=config["crop_mode"],
             num_workers=options.workers,
             persistent_workers=False,  # an epoch's workers are told the epoch when they start
             pin_memory=device.type == "cuda",
@@ -168,12 +183,23 @@ def make_loader(
     except (AssertionError, ValueError, KeyError) as error:
         raise InputError(f"augment: timm refuses {options.augment!r}: {error}; give none, crop, or a policy of timm's.") from error
     mode = "L" if config["input_size"][0] == 1 else "RGB"
-    dataset.transform = Compose([partial(Image.Image.convert, mode=mode), dataset.transform])
+    dataset.transform = Compose([partial(_decoded, mode=mode), dataset.transform])
     batches.loader.worker_init_fn = stand_apart  # timm's only seeds, and each image has draws of its own
     order = Order(dataset, processes.count, processes.rank, shuffle=train, seed=options.seed, drop_last=train)
     batches.loader.batch_sampler.drop_last = train
     batches.loader.batch_sampler.sampler = order  # one order for one process and for many, which can begin anywhere
     return Loader(batches, order, dataset)
+
+
+def _decoded(image: Image.Image | bytes, mode: str) -> Image.Image:
+    if isinstance(image, Image.Image):
+        return image.convert(mode)
+    try:
+        return Image.open(BytesIO(image)).convert(mode)
+    except UnidentifiedImageError as error:
+        raise OSError("no image that Pillow knows") from error
+    except (SyntaxError, ValueError, Image.DecompressionBombError) as error:  # as Pillow has it for some damaged files
+        raise OSError(str(error)) from error
 
 
 def make_mixup(options: FinetuneOptions, classes: int) -> Mixup | None:

@@ -1,6 +1,7 @@
 """One process or several: who is who, how weights and gradients are shared."""
 
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -124,12 +125,14 @@ def shared(gm: fx.GraphModule, processes: Processes, blocks: Sequence[str]) -> n
     FSDP2 gathers the weights of one of the `blocks` at a time, and those of the rest of the model together.
     """
     if processes.parallel == "ddp":
-        return DistributedDataParallel(
-            gm,
-            device_ids=[processes.device] if processes.device.type == "cuda" else None,
-            broadcast_buffers=False,  # the run averages statistics, and nothing else differs
-            gradient_as_bucket_view=True,  # no second copy of the gradients
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)  # torch 2.11 has no other name for it
+            return DistributedDataParallel(
+                gm,
+                device_ids=[processes.device] if processes.device.type == "cuda" else None,
+                broadcast_buffers=False,  # the run averages statistics, and nothing else differs
+                gradient_as_bucket_view=True,  # no second copy of the gradients
+            )
     if processes.parallel == "fsdp":
         # A block is the least that is right. FSDP2 gathers a module's weights when it is called, and a group for each layer would
         # leave out those that coded layers read and recomputed branches run without calling their module: most of a ViT's.

@@ -10,6 +10,8 @@ import numpy as np
 from timm.utils import random_seed
 from torch.utils.data import Dataset
 
+from s2a_fx.errors import UnreadableImage
+
 _IMAGE, _BATCH = 0, 1
 
 
@@ -28,14 +30,23 @@ def _seed(*place: int) -> None:
 
 
 class Drawn(Dataset[Any]):
-    """A data set, each image augmented by draws of its own; `epoch` is set before each epoch."""
+    """A data set, each image augmented by draws of its own; `epoch` is set before each epoch.
+
+    Raises:
+        UnreadableImage: an image cannot be read. None is left out, and none stands for another.
+    """
 
     def __init__(self, dataset: Any, seed: int) -> None:
         self.dataset, self.seed, self.epoch = dataset, seed, 0
 
     def __getitem__(self, index: int) -> Any:
         draw_for_image(self.seed, self.epoch, index)
-        return self.dataset[index]
+        try:
+            return self.dataset[index]
+        except OSError as error:
+            named = getattr(self.dataset, "filename", None)
+            name = named(index, absolute=True) if named else f"image {index} of the data set"
+            raise UnreadableImage(f"{name}: cannot be read ({error}); mend it or take it out.") from error
 
     def __len__(self) -> int:
         return len(self.dataset)

@@ -31,7 +31,8 @@ class Prediction:
     Attributes:
         report: of one step in a process that is alone.
         peak_bytes: of this process.
-        beside: the next batch of images, which stands beside the step that the report simulates.
+        beside: the images that stand beside the step that the report simulates: the next batch, and with `channels_last` the one
+            that is laid out anew.
         caveats: what the figure does not tell to the byte.
     """
 
@@ -49,7 +50,7 @@ class Prediction:
         told = (
             f"{r.title()}\n{r.recipe}: trains {r.trainable_parameters / 1e6:.3f} M parameters ({r.trainable_percent:.2f} %), "
             f"keeps {r.saved_bytes / MB:,.1f} MB, peaks at {self.peak_bytes / MB:,.1f} MB; "
-            f"with the next batch of images {self.bytes / MB:,.1f} MB"
+            f"with the images beside it {self.bytes / MB:,.1f} MB"
         )
         return "\n".join((told, *self.caveats))
 
@@ -89,7 +90,7 @@ def predict(options: FinetuneOptions, classes: int, processes: Processes) -> Pre
         caveats.append("an upper estimate: operators count one by one, and the compiler fuses them")
     if options.amp and device == "cuda":
         caveats.append("a low estimate: norms and softmax, which autocast runs in float32 on a GPU, count in half precision")
-    return Prediction(report, peak, 4 * x.numel(), tuple(caveats))
+    return Prediction(report, peak, 4 * x.numel() * (2 if options.channels_last else 1), tuple(caveats))
 
 
 def _loss(options: FinetuneOptions, classes: int) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -160,7 +161,7 @@ def high_water(device: torch.device) -> Callable[[], int | None]:
         return lambda: torch.cuda.max_memory_allocated(device)
     try:
         _CLEAR.write_text("5")  # Linux: the high-water mark is set back to what is resident now
-        before = _resident("VmRSS")
+        before = _resident("VmHWM")
     except OSError:
         return lambda: None
     return lambda: _resident("VmHWM") - before

@@ -1,12 +1,13 @@
 """The model of a run, with the weights that it begins with."""
 
 import inspect
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from timm.data import resolve_data_config
-from timm.models import load_state_dict
+from timm.models import adapt_input_conv, load_state_dict
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -31,7 +32,7 @@ def build_model(options: FinetuneOptions, classes: int, weights: bool = True) ->
         )
     except OSError as error:
         raise InputError(
-            f"{options.model}: its weights cannot be had from the hub: {error}. Give a file with --checkpoint."
+            f"{options.model}: its weights cannot be had from the hub: {str(error).rstrip('.')}. Give a file with --checkpoint."
         ) from error
     new: tuple[str, ...] = ()
     if options.checkpoint and weights:
@@ -80,6 +81,9 @@ def load_weights(model: nn.Module, file: Path) -> tuple[str, ...]:
         ) from error
     own = model.state_dict()
     heads = _heads(model)
+    for name in _first_convolutions(model):  # as timm has it for weights from the hub: those of colours added up serve grey images
+        if name in tensors and tensors[name].ndim == own[name].ndim == 4 and tensors[name].shape[1] == 3:
+            tensors[name] = adapt_input_conv(own[name].shape[1], tensors[name])
     of_head = tuple(n for n in own if n.startswith(heads) and (n not in tensors or tensors[n].shape != own[n].shape))
     counts = ".num_batches_tracked"  # a batch norm that has a momentum needs none, and older files hold none
     missing = [name for name in own if name not in tensors and name not in of_head and not name.endswith(counts)]
@@ -100,5 +104,12 @@ def _config(model: nn.Module) -> Any:
 
 
 def _heads(model: nn.Module) -> tuple[str, ...]:
-    classifier = _config(model)["classifier"]
-    return tuple(f"{name}." for name in ((classifier,) if isinstance(classifier, str) else classifier or ()))
+    return tuple(f"{name}." for name in _names(_config(model)["classifier"]))
+
+
+def _first_convolutions(model: nn.Module) -> tuple[str, ...]:
+    return tuple(f"{name}.weight" for name in _names(_config(model).get("first_conv")))
+
+
+def _names(told: str | Sequence[str] | None) -> Sequence[str]:
+    return (told,) if isinstance(told, str) else told or ()

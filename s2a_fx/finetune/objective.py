@@ -33,14 +33,14 @@ def make_optimizer(
     """timm's optimizer of the options' name, over what trains; biases, norms and what is named do not decay.
 
     Raises:
-        InputError: timm knows none of this name.
+        InputError: timm knows none of this name, or it is of second order.
     """
 
     def groups(model: nn.Module) -> Any:
         return param_groups_weight_decay(model, options.weight_decay, no_weight_decay_list=not_decaying)
 
     try:
-        return create_optimizer_v2(
+        optimizer = create_optimizer_v2(
             model_or_parameters,  # type: ignore[arg-type]
             options.optimizer,
             options.lr,
@@ -49,6 +49,11 @@ def make_optimizer(
         )
     except (AssertionError, ValueError) as error:
         raise InputError(f"optimizer: timm refuses {options.optimizer!r}: {error}; give adamw, sgd, lion, ...") from error
+    if getattr(optimizer, "is_second_order", False):
+        raise InputError(
+            f"optimizer: {options.optimizer!r} needs second derivatives, which no step here makes; give adamw, sgd, lion, ..."
+        )
+    return optimizer
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, options: FinetuneOptions, updates_per_epoch: int) -> Any:

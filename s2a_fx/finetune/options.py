@@ -45,7 +45,7 @@ class FinetuneOptions:
         label_smoothing: share of a target that is spread over all classes.
         augment: `none` (as the images are evaluated), `crop` (random crop and flip), or one of timm's policies, such as
             `rand-m9-mstd0.5`, on top of those.
-        crop_pct: share of an image's shorter side that its centre crop shows, above 0 and up to 1; None for the model's own.
+        crop_pct: share of an image's shorter side that its centre crop shows, .05 to 1; None for the model's own.
         mixup, cutmix: alpha of the mix; 0 for none.
         amp: `bfloat16` or `float16` for automatic mixed precision.
         grad_accumulation: batches whose gradients are added up before the optimizer steps.
@@ -140,8 +140,8 @@ class FinetuneOptions:
             raise InputError(f"lr: got {self.lr}, wanted a number above 0.")
         if not 0 <= self.label_smoothing < 1:
             raise InputError(f"label_smoothing: got {self.label_smoothing}, wanted 0 or more, and less than 1.")
-        if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
-            raise InputError(f"crop_pct: got {self.crop_pct}, wanted more than 0, and 1 at most.")
+        if self.crop_pct is not None and not 0.05 <= self.crop_pct <= 1:  # images are enlarged by its inverse first
+            raise InputError(f"crop_pct: got {self.crop_pct}, wanted .05 at least, and 1 at most.")
         if not 0 <= self.warmup < self.epochs:
             raise InputError(f"warmup_epochs: got {self.warmup} of {self.epochs} epochs; leave at least one to train in.")
         if self.amp not in (None, *AMP):

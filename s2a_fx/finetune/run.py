@@ -75,6 +75,7 @@ def _finetune(options: FinetuneOptions, processes: Processes, say: Say) -> Finet
         raise InputError("compile: is not supported with parallel 'fsdp'; leave one out.")
     processes.of_first(lambda: _check_folder(options))
     data = open_data(options, processes)
+    say(f"{options.data}: {data.classes} classes, {len(data.train):,} images to train on, {len(data.val):,} to evaluate on")
     prediction = predict(options, data.classes, processes)
     say(str(prediction))
     _check_fit(prediction, options, processes, say)
@@ -96,9 +97,13 @@ def _finetune(options: FinetuneOptions, processes: Processes, say: Say) -> Finet
 
 def _check_folder(options: FinetuneOptions) -> None:
     last = options.folder / LAST
+    try:
+        stands = last.exists()
+    except OSError as error:
+        raise InputError(f"{options.folder}: cannot be looked into: {error.strerror}; give another --output.") from error
     if options.resume:
         require(last)
-    elif last.exists():
+    elif stands:
         raise InputError(f"{last}: a run stands there already; go on with --resume, or give another --output.")
 
 

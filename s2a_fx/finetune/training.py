@@ -75,7 +75,8 @@ class Training:
         while len(position.epochs) < self.options.epochs:
             started, before = time.perf_counter(), position.updates
             position = self._epoch(position, prediction, measured, asked)
-            speed = (position.updates - before) * self.images_per_update / (time.perf_counter() - started)
+            made = (position.updates - before) * self.images_per_update
+            speed = made / (time.perf_counter() - started) if made else None
             self.save(position)  # an evaluation may take longer than whoever ends the run waits for it
             accuracy = evaluate(
                 self.state.gm,
@@ -90,7 +91,7 @@ class Training:
             epoch = position.epochs[-1]
             self.say(
                 f"epoch {epoch.number}/{self.options.epochs}: loss {epoch.loss:.4f}, top-1 {accuracy.top1:.2%}, "
-                f"balanced {accuracy.balanced:.2%}, {speed:,.1f} images/s"
+                f"balanced {accuracy.balanced:.2%}" + (f", {speed:,.1f} images/s" if speed else "")
             )
             self.save(position, best=position.best is epoch)
             if self.processes.any(asked.any):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from colours import small_run, write_colours
 from PIL import Image
+from timm.data import create_transform
 
 import s2a_fx.finetune.data as data
 from s2a_fx.errors import InputError
@@ -36,6 +37,39 @@ def test_a_smaller_crop_shows_less(colours, tmp_path):
     white_frame.paste((0, 0, 0), (16, 16, 48, 48))
     seen = [_loaders(small_run(colours, tmp_path, crop_pct=c))[1].dataset.transform(white_frame).max() for c in (1.0, 0.4)]
     assert seen == [255, 0]
+
+
+def test_images_are_shown_as_timm_s_settings_of_the_model_have_them(colours, tmp_path):
+    """Squashed here, not cropped, though the model's own size is another."""
+    options = small_run(colours, tmp_path, model="convnext_tiny.fb_in22k_ft_in1k_384", model_options={"depths": (1, 1, 1, 1)})
+    config = data_config(build_model(options, 3)[0], options)
+    assert config["crop_mode"] == "squash"
+    wide = Image.effect_noise((90, 60), 100).convert("RGB")
+    wanted = create_transform(**config, use_prefetcher=True)(wide)
+    assert (_loaders(options)[1].dataset.transform(wide) == wanted).all()
+
+
+@pytest.mark.parametrize("place", ["train/0.png", "train/red/day/0.png", "val/0.png"])
+def test_an_image_in_no_folder_of_a_class_is_refused(place, tmp_path):
+    folder = write_colours(tmp_path / "data", 2, 1)
+    (folder / place).parent.mkdir(exist_ok=True)
+    Image.new("RGB", (8, 8)).save(folder / place)
+    with pytest.raises(InputError, match=rf"{place}: lies in no folder of a class; wanted .*/CLASS/IMAGE"):
+        open_data(small_run(folder, tmp_path / "run"), Processes())
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("dataset", ["", "torch/image_folder"])
+@pytest.mark.parametrize(("split", "content"), [("train", "cut"), ("val", "cut"), ("val", "text")])
+def test_an_image_that_cannot_be_read_ends_the_run_with_its_name(split, content, dataset, workers, tmp_path):
+    folder = write_colours(tmp_path / "data", 4, 2)
+    file = folder / split / "green" / "1.png"
+    file.write_bytes(file.read_bytes()[:200] if content == "cut" else b"no image")
+    options = small_run(folder, tmp_path / "run", dataset=dataset, epochs=1, batch_size=4, workers=workers)
+    with pytest.raises(InputError) as error:
+        finetune(options)
+    assert "cannot be read" in str(error.value) and "\n" not in str(error.value)
+    assert str(file) in str(error.value) or dataset
 
 
 @pytest.mark.parametrize("dataset", ["", "torch/image_folder"])

@@ -59,6 +59,10 @@ def _black_image(folder):
         ({"device": "cuda:99"}, "device: 'cuda:99' cannot be used"),
         ({"resume": True}, "no checkpoint to resume from"),
         ({"memory": 1000}, "does not fit"),
+        ({"model": "timm/resnet10t"}, "unknown model 'timm/resnet10t'; wanted a name of timm's own.*'resnet10t'"),
+        ({"model": "resnet10t.nonsense"}, "resnet10t.nonsense cannot be built.*Invalid pretrained tag"),
+        ({"model": "resnet10t", "model_options": {"act_layer": "nonsense"}}, "resnet10t cannot be built.*'nonsense'"),
+        ({"optimizer": "adahessian"}, "optimizer: 'adahessian' needs second derivatives"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -70,7 +74,7 @@ def test_option(changes, told, colours, tmp_path):
     "changes",
     [
         {"epochs": 0}, {"lr": 0.0}, {"label_smoothing": 1.0}, {"amp": "int8"}, {"warmup_epochs": 80},
-        {"batch_size": 3, "mixup": 0.1}, {"workers": -1}, {"parallel": "tp"}, {"seed": 5_000_000_000}, {"crop_pct": 0.0},
+        {"batch_size": 3, "mixup": 0.1}, {"workers": -1}, {"parallel": "tp"}, {"seed": 5_000_000_000}, {"crop_pct": 0.01},
         {"model_options": {"num_classes": 5}}, {"model_options": {"in_chans": 4}}, {"pretrained": True, "checkpoint": "file"},
         {"lr": float("nan")}, {"mixup": float("inf")},
         {"weight_decay": float("nan")}, {"model_options": {"norm_layer": torch.nn.LayerNorm}},
@@ -96,6 +100,19 @@ def test_weights_of_another_model(colours, tmp_path):
     _refused(small_run(colours, tmp_path / "run", checkpoint=file), "cannot be read as weights")
     torch.save(create_model("resnet10t").state_dict(), file)
     _refused(small_run(colours, tmp_path / "run", checkpoint=file), "the weights of another model: lacks")
+
+
+def test_an_output_that_no_folder_can_have(colours, tmp_path):
+    with pytest.raises(S2AError, match="cannot be looked into: File name too long; give another --output"):
+        finetune(small_run(colours, tmp_path / ("o" * 300)))
+
+
+def test_weights_for_colours_serve_grey_images(tmp_path):
+    theirs, ours = create_model("resnet10t"), create_model("resnet10t", in_chans=1)
+    torch.save(theirs.state_dict(), tmp_path / "weights.pt")
+    assert load_weights(ours, tmp_path / "weights.pt") == ()
+    grey = torch.randn(2, 1, 32, 32)
+    torch.testing.assert_close(ours.eval()(grey), theirs.eval()(grey.expand(-1, 3, -1, -1)))
 
 
 def test_weights_without_the_counts_of_batch_norms_are_taken(tmp_path):

@@ -1,7 +1,7 @@
 """What a node's value depends on: the model's input, a parameter that trains, another node."""
 
 import operator
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,25 @@ from s2a_fx.nn.recompute import Recomputed
 
 IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
 """Python's operators that write to their first operand."""
+
+
+def writes(target: Any, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call of a function, or of a method by its name, writes to one of its operands."""
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.is_mutable
+    name = str(getattr(target, "__name__", target))
+    return target in IN_PLACE or bool(kwargs.get("inplace")) or "out" in kwargs or (name.endswith("_") and not name.endswith("__"))
+
+
+def eliminate_dead_code(gm: fx.GraphModule) -> None:
+    """Erase what nobody reads; what writes stays, `y.mul_(2)` as a statement, which torch.fx takes for dead."""
+
+    def stays(node: fx.Node) -> bool:
+        if node.op == "call_module":
+            return node.is_impure() or bool(getattr(gm.get_submodule(str(node.target)), "inplace", False))
+        return node.is_impure() or (node.op in ("call_function", "call_method") and writes(node.target, node.kwargs))
+
+    gm.graph.eliminate_dead_code(stays)
 
 
 def dependent_nodes(gm: fx.GraphModule) -> set[fx.Node]:

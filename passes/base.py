@@ -17,7 +17,7 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.passes.infra.pass_base import PassResult
 
-from s2a_fx.analysis.flow import attribute
+from s2a_fx.analysis.flow import attribute, eliminate_dead_code
 from s2a_fx.analysis.provenance import module_stack, owner_path
 from s2a_fx.analysis.shapes import propagate
 from s2a_fx.errors import InputError, PassError
@@ -41,7 +41,7 @@ class Pass(abc.ABC):
             )
         modified = self.rewrite(graph_module)
         if modified:
-            graph_module.graph.eliminate_dead_code()
+            eliminate_dead_code(graph_module)
             graph_module.graph.lint()
             graph_module.recompile()
             propagate(graph_module)

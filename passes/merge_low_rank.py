@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from s2a_fx.analysis.flow import attribute
+from s2a_fx.analysis.flow import attribute, eliminate_dead_code
 from s2a_fx.nn.ghost import can_be_ghost
 
 _ADDS = (operator.add, torch.add)
@@ -57,7 +57,7 @@ def merge_low_rank(gm: fx.GraphModule) -> None:
     for path, group in merged.items():
         if len(group) == readers[path] and len({beside.alike() for beside in group}) == 1:
             _merge(gm, path, group)
-    gm.graph.eliminate_dead_code()
+    eliminate_dead_code(gm)
 
 
 def _weight_readers(gm: fx.GraphModule) -> Counter[str]:

@@ -25,7 +25,7 @@ from s2a_fx.passes import PASSES
 from s2a_fx.recipes import RECIPES, SUFFIXES, name_of, resolve
 from s2a_fx.report import Comparison
 from s2a_fx.transform import transform
-from s2a_fx.whole_file import written_whole
+from s2a_fx.whole_file import own_part, written_whole
 from s2a_fx.zoo import DTYPES, timm_model
 
 
@@ -194,7 +194,7 @@ def _passes(options: argparse.Namespace) -> None:
 def _write(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     try:
-        with written_whole(path, path.with_name(f".{path.name}.{os.getpid()}")) as file:
+        with written_whole(path, own_part(path)) as file:
             file.write(text.encode())
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}.") from error

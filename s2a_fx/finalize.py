@@ -17,16 +17,19 @@ import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import fx, nn
-from torch.nn.modules.dropout import _DropoutNd
+from torch.distributed.tensor import DTensor
 
-from s2a_fx.analysis.flow import IN_PLACE, attribute
+from s2a_fx.analysis.flow import attribute, eliminate_dead_code, writes
 from s2a_fx.errors import InputError
+from s2a_fx.nn.ghost import has_hooks
 from s2a_fx.nn.recompute import Recomputed
 from s2a_fx.passes.base import free_path
 from s2a_fx.passes.merge_low_rank import merge_low_rank
 from s2a_fx.trace import share_weights
 
-_DROPS = (nn.Identity, _DropoutNd, DropPath)
+_DROPS = (
+    nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout, DropPath,
+)  # fmt: skip
 _DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
 
 
@@ -42,10 +45,18 @@ def finalize(gm: fx.GraphModule) -> fx.GraphModule:
         its batch dynamic.
 
     Raises:
-        InputError: `gm` is no graph module, or one with train mode baked in: it draws, or uses the batch's statistics.
+        InputError: `gm` is no graph module, is spread over processes, has hooks where plain operators take its place, or has train
+            mode baked in: it draws, or uses the batch's statistics.
     """
     if not isinstance(gm, fx.GraphModule):
-        raise InputError(f"got a {type(gm).__name__}, wanted what s2a_fx.transform(model, inputs, recipe) returns.")
+        raise InputError(
+            f"got a {type(gm).__name__}, wanted what s2a_fx.transform(model, inputs, recipe) returns; "
+            "if it is wrapped (DDP, torch.compile), give what is inside (.module, ._orig_mod)."
+        )
+    if any(isinstance(p, DTensor) for p in gm.parameters()):
+        raise InputError(
+            "the weights are spread over processes (FSDP2); save_adapter() there, load_adapter() in one process, finalize that."
+        )
     baked = [node.name for node in gm.graph.nodes if _has_train_mode_baked_in(node)]
     if baked:
         raise InputError(
@@ -58,7 +69,7 @@ def finalize(gm: fx.GraphModule) -> fx.GraphModule:
         plain = _written(owned, type(gm).__name__)
         _leave_out_what_does_nothing(plain)
         merge_low_rank(plain)
-    plain.graph.eliminate_dead_code()
+    eliminate_dead_code(plain)
     plain.graph.lint()
     plain.delete_all_unused_submodules()
     plain.recompile()
@@ -154,6 +165,9 @@ class _Inference(fx.Interpreter):
         module: Any = self.fetch_attr(target)
         if _is_constant(target, args, kwargs):
             return module(*args, **kwargs)
+        plain = isinstance(module, Recomputed) or hasattr(module, "inference_form")
+        if plain and has_hooks(module):
+            raise InputError(f"{target}: has hooks, which plain operators in its place would leave out; remove them first.")
         if isinstance(module, Recomputed):
             return _Inference(module.body, self.writer).run(*module.of_body(*args))
         if hasattr(module, "inference_form"):
@@ -165,8 +179,7 @@ def _is_constant(target: Any, args: Any, kwargs: Any) -> bool:
     """Whether a call reads no proxy, and overwrites nothing."""
     proxies: list[fx.Proxy] = []
     fx.node.map_aggregate((args, kwargs), lambda a: proxies.append(a) if isinstance(a, fx.Proxy) else a)
-    name = getattr(target, "__name__", str(target))
-    return not proxies and target not in IN_PLACE and not (name.endswith("_") and not name.endswith("__"))
+    return not proxies and not writes(target, kwargs)
 
 
 def _is_ours(function: Callable[..., Any]) -> bool:
@@ -175,9 +188,14 @@ def _is_ours(function: Callable[..., Any]) -> bool:
 
 def _leave_out_what_does_nothing(gm: fx.GraphModule) -> None:
     for node in list(gm.graph.nodes):
-        if (node.op == "call_module" and isinstance(gm.get_submodule(str(node.target)), _DROPS)) or _is_idle_dropout(node):
+        if _is_idle_module(gm, node) or _is_idle_dropout(node):
             node.replace_all_uses_with(node.all_input_nodes[0])
             gm.graph.erase_node(node)
+
+
+def _is_idle_module(gm: fx.GraphModule, node: fx.Node) -> bool:
+    module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+    return module is not None and type(module) in _DROPS and not has_hooks(module)  # a class derived from one may do more
 
 
 def _is_idle_dropout(node: fx.Node) -> bool:

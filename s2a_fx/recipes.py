@@ -102,7 +102,7 @@ def _pass_name(graph_pass: GraphPass) -> str:
 
 
 def spelled(passes: Sequence[GraphPass]) -> tuple[str, ...]:
-    """Each pass with all its options, so that two recipes are alike if and only if these are."""
+    """Each pass with all its options, so that two recipes are alike if these are; functions among them count by their names."""
     return tuple(_spelled(p) for p in passes)
 
 

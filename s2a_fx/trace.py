@@ -27,6 +27,7 @@ from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
 from s2a_fx.analysis.fake import traced_inputs
+from s2a_fx.analysis.flow import eliminate_dead_code
 from s2a_fx.analysis.notes import add_note
 from s2a_fx.analysis.provenance import owner_path
 from s2a_fx.analysis.shapes import propagate
@@ -148,7 +149,7 @@ def _symbolic(model: nn.Module, arity: int) -> fx.GraphModule:
         _insert_switch(gm, name, differences)
     if "" in divergence.leaves:
         add_note(gm, "trace", "", "the model's own forward differs between train and eval mode: this is the graph of train mode")
-    gm.graph.eliminate_dead_code()
+    eliminate_dead_code(gm)
     gm.graph.lint()
     gm.recompile()
     return gm

@@ -7,9 +7,14 @@ import os
 import pickle
 import random
 import struct
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import safetensors
+import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
@@ -404,7 +409,8 @@ def _written_again(change):
 
 def _reshaped(rng, metadata, tensors):
     name = rng.choice(sorted(tensors))
-    tensors[name] = rng.choice([tensors[name][None], torch.zeros(rng.randrange(9, 20)), torch.zeros(0), torch.zeros(5, 4)])
+    shapes = [torch.zeros(rng.randrange(9, 20)), torch.zeros(0), torch.zeros(5, 4), torch.tensor(0.0)]
+    tensors[name] = rng.choice([tensors[name][None], *shapes])
 
 
 def _recast(rng, metadata, tensors):
@@ -506,11 +512,85 @@ def test_parameters_spread_by_fsdp_are_gathered_and_spread_again(one_process, pa
     F.cross_entropy(gm(X), torch.tensor([0, 1])).backward()
 
 
-def test_a_failed_write_of_one_process_does_not_stop_the_others(one_process, tmp_path):
+def test_a_model_that_is_spread_is_finalized_from_its_task(one_process):
     from torch.distributed.fsdp import fully_shard
 
     gm = tiny()
     fully_shard(gm, mesh=one_process)
+    with pytest.raises(s2a_fx.InputError, match=r"spread over processes.*save_adapter.*load_adapter.*finalize"):
+        s2a_fx.finalize(gm)
+
+
+TWO = """
+import sys
+sys.path.append(sys.argv[1])
+import torch
+from test_adapter import tiny
+from torch.distributed.fsdp import fully_shard
+import s2a_fx
+
+torch.distributed.init_process_group("gloo")
+gm = tiny()
+fully_shard(gm, mesh=torch.distributed.device_mesh.init_device_mesh("cpu", (2,)))
+try:
+    s2a_fx.save_adapter(gm, sys.argv[2])
+except s2a_fx.AdapterError as error:
+    print("told", flush=True)
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_a_failed_write_is_told_in_every_process(tmp_path):
+    (tmp_path / "two.py").write_text(TWO)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "two.py")]
+    command += [str(Path(__file__).parent), str(tmp_path / "none" / "x")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("told") == 2
+
+
+def test_weights_that_cannot_be_written_are_as_they_were(saved):
+    _, path = saved
+    gm = tiny()
+    with torch.inference_mode():
+        gm.norm.running_var.mul_(2)
+        gm.norm.running_var = gm.norm.running_var.clone()  # a tensor of inference mode
+    before = values(gm)
     with pytest.raises(s2a_fx.AdapterError, match="cannot be written"):
-        s2a_fx.save_adapter(gm, tmp_path / "none" / "x")
-    torch.distributed.barrier()
+        s2a_fx.load_adapter(gm, path)
+    assert same(before, values(gm))
+
+
+def test_a_base_of_another_name_is_refused_though_its_tensors_are_the_same(path):
+    one, other = (timm.create_model(name, num_classes=2) for name in ("tf_efficientnet_lite0", "efficientnet_lite0"))
+    other.load_state_dict(one.state_dict())
+    x = torch.randn(2, 3, 32, 32)
+    s2a_fx.save_adapter(s2a_fx.transform(one, x, "linear"), path)
+    with pytest.raises(s2a_fx.AdapterError, match="trained on tf_efficientnet_lite0, the model is a efficientnet_lite0"):
+        s2a_fx.load_adapter(s2a_fx.transform(other, x, "linear"), path)
+
+
+def test_many_writers_leave_a_whole_file(path):
+    gm = trained(tiny())
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: s2a_fx.save_adapter(gm, path), range(40)))
+    s2a_fx.load_adapter(tiny(), path)
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_a_link_and_a_file_s_mode_stay(path):
+    path.write_text("")
+    path.chmod(0o600)
+    link = path.with_name("link")
+    link.symlink_to(path)
+    s2a_fx.save_adapter(trained(tiny()), link)
+    assert link.is_symlink() and path.stat().st_mode & 0o777 == 0o600
+    s2a_fx.load_adapter(tiny(), path)
+
+
+def test_what_is_no_file_is_not_written_over(path):
+    os.mkfifo(path)
+    with pytest.raises(s2a_fx.AdapterError, match="it is there, and no file"):
+        s2a_fx.save_adapter(trained(tiny()), path)
+    assert path.is_fifo()

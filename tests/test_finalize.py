@@ -280,3 +280,46 @@ def test_a_model_with_train_mode_baked_in_is_refused(layer):
 def test_an_exported_model_that_does_the_same_in_both_modes_is_finalized():
     gm, x = traced_by_export(nn.Sequential(nn.LayerNorm(4), nn.GELU())), torch.randn(3, 4)
     assert_equal_outputs(s2a_fx.finalize(gm)(x), gm(x))
+
+
+class Counting(nn.Module):
+    """Counts its calls in a statement."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x):
+        self.calls.add_(1)
+        return self.layer(x) + self.calls
+
+
+@pytest.mark.parametrize("export", [False, True])
+def test_what_writes_to_a_buffer_is_not_run_and_stays(export):
+    model, x = Counting(), torch.randn(2, 4)
+    gm = torch.export.export(model, (x,)).module() if export else s2a_fx.transform(model, x, ())
+    plain = s2a_fx.finalize(gm)
+    assert gm.calls == 0
+    first, second = plain(x), plain(x)
+    torch.testing.assert_close(second - first, torch.ones(2, 3))
+
+
+class Halving(nn.Dropout):
+    """No mere dropout."""
+
+    def forward(self, x):
+        return super().forward(x) if self.training else x / 2
+
+
+def test_a_class_derived_from_dropout_stays():
+    model, x = nn.Sequential(nn.Linear(4, 3), Halving(0.1)), torch.randn(2, 4)
+    gm = s2a_fx.transform(model, x, "full").eval()
+    assert_equal_outputs(s2a_fx.finalize(gm)(x), gm(x))
+
+
+def test_hooks_are_not_left_out_in_silence():
+    gm, _ = trained_model("vit", "s2a")
+    layers(gm, "RecomputedBranch")[0].register_forward_hook(lambda module, args, output: 2 * output)
+    with pytest.raises(s2a_fx.InputError, match="has hooks"):
+        s2a_fx.finalize(gm)

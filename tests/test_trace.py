@@ -1,5 +1,7 @@
 """Tracing: modes still switch, the batch stays symbolic, provenance and shapes stand, the model is left as it was."""
 
+import copy
+
 import pytest
 import timm
 import torch
@@ -11,6 +13,7 @@ import s2a_fx
 from s2a_fx.analysis.notes import notes_of
 from s2a_fx.analysis.provenance import module_path
 from s2a_fx.nn.training_switch import TrainingSwitch
+from s2a_fx.passes import CompressActivations, FreezeWeights
 from s2a_fx.zoo import timm_model
 
 
@@ -34,6 +37,36 @@ def test_every_node_knows_shape_and_module(vit):
     gm = s2a_fx.trace(model, x)
     assert all("val" in node.meta for node in gm.graph.nodes)
     assert {module_path(n) for n in gm.graph.nodes} >= {"blocks.0.attn", "blocks.2.mlp.act", "head"}
+
+
+class Statements(nn.Module):
+    """Writes to tensors in statements whose value nobody reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.act = nn.ReLU(inplace=True)
+        self.register_buffer("center", torch.zeros(4))
+
+    def forward(self, x):
+        y = self.layer(x)
+        y.mul_(2)
+        y += 1
+        self.act(y)
+        self.center.mul_(0.5).add_(y.detach().mean(0))
+        return y
+
+
+@pytest.mark.parametrize(
+    "recipe", [(), (FreezeWeights(keep=("layer.bias",)),), (FreezeWeights(keep=("layer.*",)), CompressActivations())]
+)
+def test_what_writes_in_place_stays_though_its_value_is_read_by_no_one(recipe):
+    model, x = Statements(), torch.randn(3, 4)
+    expected = copy.deepcopy(model)
+    gm = s2a_fx.transform(model, x, recipe)
+    gm.center = gm.center.clone()  # a graph shares the model's buffers
+    torch.testing.assert_close(gm(x), expected(x))
+    torch.testing.assert_close(gm.center, expected.center)
 
 
 class Dropping(nn.Module):

@@ -1,7 +1,7 @@
 """Task files: what a recipe trained, apart from the base that it was trained on.
 
 s2a_fx.save_adapter(gm, "flowers.safetensors")        a few MB: what trains, and the statistics of batch norms
-s2a_fx.load_adapter(gm, "flowers.safetensors")        into the same base under the same recipe, and into no other
+s2a_fx.load_adapter(gm, "flowers.safetensors")        into the same base (timm's name and every frozen weight), same recipe
 
 tasks = {name: s2a_fx.read_adapter(f"{name}.safetensors") for name in names}
 tasks["birds"].apply(gm)                              one base, many tasks: the base is checked once, then values are copied
@@ -11,6 +11,7 @@ statistics and the parameters that need a gradient or, of a model that is frozen
 left trainable.
 """
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 import torch.distributed as dist
 from torch import fx, nn
@@ -86,9 +88,9 @@ class TaskAdapter:
     def apply(self, gm: nn.Module) -> None:
         """Copy the task's values into `gm`: in train or eval mode, on any device, spread over processes or not.
 
-        All is checked before anything is copied. The base is read once for a model; later calls copy values only, and do not see
-        what was written to the base past autograd, by `p.data.mul_(2)`, in between. Nothing but values changes: not the mode, nor
-        what needs a gradient, nor an optimizer's state.
+        All is checked before anything is copied, and taken back if a copy fails. The base is read once for a model; later calls
+        copy values only, and do not see what was written to the base past autograd, by `p.data.mul_(2)`, in between. Nothing but
+        values changes: not the mode, nor what needs a gradient, nor an optimizer's state.
 
         Raises:
             InputError: `gm` was not made by `transform`.
@@ -96,6 +98,7 @@ class TaskAdapter:
                 as it was.
         """
         origin, held = _origin(gm), persistent(gm)
+        self._check_model(origin)
         self._check_recipe(origin)
         self._check_names(origin, held)
         for name, tensor in self.tensors.items():
@@ -103,8 +106,22 @@ class TaskAdapter:
         self._check_base(origin, {n: t for n, t in held.items() if n not in self.tensors})
         with torch.no_grad():
             values = [(held[name], laid_out_like(held[name], tensor)) for name, tensor in self.tensors.items()]
-            for target, value in values:
-                target.copy_(value)
+            before = [target.clone() for target, _ in values]
+            try:
+                for target, value in values:
+                    target.copy_(value)
+            except RuntimeError as error:
+                for (target, _), value in zip(values, before, strict=True):
+                    with contextlib.suppress(RuntimeError):  # what could not be written is as it was
+                        target.copy_(value)
+                first = str(error).splitlines()[0]
+                raise AdapterError(f"the model's tensors cannot be written ({first}); it is as it was. Build it anew.") from error
+
+    def _check_model(self, origin: Origin) -> None:
+        if self.model != origin.model and timm.is_model(self.model) and timm.is_model(origin.model):
+            raise AdapterError(
+                f"the task was trained on {self.model}, the model is a {origin.model}; load it into one that it was trained on."
+            )
 
     def _check_recipe(self, origin: Origin) -> None:
         if self.passes != origin.passes:
@@ -129,7 +146,7 @@ class TaskAdapter:
         require_values(name, wanted)
         if got.shape != wanted.shape:
             layer = gm.get_submodule(name.rpartition(".")[0])
-            classes = isinstance(layer, nn.Linear | nn.Conv2d) and got.shape[1:] == wanted.shape[1:]
+            classes = isinstance(layer, nn.Linear | nn.Conv2d) and got.ndim and got.shape[1:] == wanted.shape[1:]
             remedy = f"num_classes={got.shape[0]}, if this is the head" if classes else f"inputs of the size of {self.model}'s"
             raise AdapterError(
                 f"{name}: the task has shape {list(got.shape)}, the model {list(wanted.shape)}; build and transform the model "
@@ -168,11 +185,15 @@ def save_adapter(gm: nn.Module, path: str | os.PathLike[str], classes: Sequence[
     if not any(isinstance(p, DTensor) for p in gm.parameters()):
         _write(adapter, Path(path))
         return
-    try:
-        if dist.get_rank() == 0:
+    failure: list[AdapterError | None] = [None]
+    if dist.get_rank() == 0:
+        try:
             _write(adapter, Path(path))
-    finally:
-        dist.barrier()  # the others may read it next
+        except AdapterError as error:
+            failure = [error]
+    dist.broadcast_object_list(failure, src=0)  # the others wait for it: they may read the file next
+    if failure[0] is not None:
+        raise failure[0]
 
 
 def load_adapter(gm: nn.Module, path: str | os.PathLike[str]) -> None:

@@ -260,6 +260,11 @@ class Method:
         """What was run with this setting."""
         return [r for r in read(self.file, setting) if (r.model, r.method) == (self.model, self.name)]
 
+    def told(self, search: Setting, final: Setting) -> list[Run]:
+        """The final runs with the learning rate that the search found, by seed; none before it has."""
+        best = best_rates(self.runs(search), len(SEEDS))[:1]
+        return sorted((r for r in self.runs(final) if r.lr in best), key=lambda r: r.seed)
+
     def run(self, setting: Setting, lr: float, seed: int, data: Data) -> None:
         """Train and append to the file, if it is not there."""
         if any((r.lr, r.seed) == (lr, seed) for r in self.runs(setting)):
@@ -311,17 +316,16 @@ def work(file: Path, search: Setting, final: Setting, models: list[str], shard: 
             print(f"{method.model}, {method.name}: {refusal}", flush=True)
 
 
-def row(method: Method, setting: Setting) -> Row | None:
+def row(method: Method, search: Setting, final: Setting) -> Row | None:
     """The row of a method, None if not all of its runs are there; its memory is measured here."""
-    x = torch.randn(setting.batch_size, 3, real_data.SIDE, real_data.SIDE)
+    x = torch.randn(final.batch_size, 3, real_data.SIDE, real_data.SIDE)
     original = start(method.model)
     size, head = (sum(p.numel() for p in m.parameters()) for m in (original, original.get_classifier()))
     try:
         gm = build(original, method.recipe, x)
     except s2a_fx.S2AError as refusal:
         return Row(method.model, method.name, refused=str(refusal))
-    found = sorted(method.runs(setting), key=lambda r: r.seed)
-    full = replace(method, name="full").runs(setting)
+    found, full = method.told(search, final), replace(method, name="full").told(search, final)
     if len(found) != len(SEEDS) or not full:
         return None
     trained = sum(p.numel() for p in gm.parameters() if p.requires_grad)
@@ -381,7 +385,7 @@ def _points(shares: Sequence[float]) -> str:
 def summarize(file: Path, search: Setting, final: Setting, models: list[str]) -> None:
     rows: list[Row] = []
     for model in models:
-        found = {method.name: row(method, final) for method in methods(file, [model])}
+        found = {method.name: row(method, search, final) for method in methods(file, [model])}
         for name in (n for n, r in found.items() if r is None):
             print(f"{model}, {name}: skipped, {file} has not all of its runs, or nothing of full")
         own = [r for r in found.values() if r is not None]
@@ -417,6 +421,8 @@ def main() -> None:
         summarize(options.runs, search, final, options.models)
     else:
         shard, shards = (int(part) for part in options.shard.split("/"))
+        if not 0 <= shard < shards:
+            raise SystemExit(f"--shard: got {options.shard}, wanted I/N with I from 0 to N - 1")
         work(options.runs, search, final, options.models, (shard, shards))
 
 

@@ -96,7 +96,10 @@ def test_rates_are_searched_without_test_images_and_the_best_is_run_with_every_s
         (1e-3, 0), (3e-3, 0), (1e-2, 0), (3e-3, 1), (3e-3, 2), (1e-3, 1), (1e-3, 2),
     ]  # fmt: skip
     assert [(r.lr, r.seed) for r in trained if r.setting == setting] == [(3e-3, 0), (3e-3, 1), (3e-3, 2)]
-    assert method.runs(setting) == trained[-3:]
+    assert method.told(search, setting) == trained[-3:]
+    other = dataclasses.replace(trained[-1], lr=1e-3)  # as it is left by an earlier search
+    method.file.write_text(method.file.read_text() + json.dumps(dataclasses.asdict(other)) + "\n")
+    assert method.told(search, setting) == trained[-3:]
     method.run_all(search, setting, data=None)
     assert len(trained) == 10  # what is in the file is not trained again
 

@@ -314,7 +314,15 @@ def test_the_command_line_exits_with_130_and_says_how_to_go_on(colours, tmp_path
     assert "0 epochs and 2 steps were done" in capsys.readouterr().out
 
 
-def test_the_command_line_takes_ctrl_c_before_the_first_step(colours, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def heeded():
+    """Ctrl-C interrupts, though a shell began the tests in the background, where it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_the_command_line_takes_ctrl_c_before_the_first_step(heeded, colours, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run, "open_data", lambda *given: signal.raise_signal(signal.SIGINT))
     line = [
         "finetune",

@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import fx, nn
-from torch.distributed.tensor import DTensor
 
 from s2a_fx.analysis.flow import attribute, eliminate_dead_code, writes
 from s2a_fx.errors import InputError
@@ -25,6 +24,7 @@ from s2a_fx.nn.ghost import has_hooks
 from s2a_fx.nn.recompute import Recomputed
 from s2a_fx.passes.base import free_path
 from s2a_fx.passes.merge_low_rank import merge_low_rank
+from s2a_fx.sharded import is_spread
 from s2a_fx.trace import share_weights
 
 _DROPS = (
@@ -53,7 +53,7 @@ def finalize(gm: fx.GraphModule) -> fx.GraphModule:
             f"got a {type(gm).__name__}, wanted what s2a_fx.transform(model, inputs, recipe) returns; "
             "if it is wrapped (DDP, torch.compile), give what is inside (.module, ._orig_mod)."
         )
-    if any(isinstance(p, DTensor) for p in gm.parameters()):
+    if is_spread(gm):
         raise InputError(
             "the weights are spread over processes (FSDP2); save_adapter() there, load_adapter() in one process, finalize that."
         )

@@ -3,7 +3,13 @@
 from typing import Any
 
 import torch
+from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def is_spread(module: nn.Module) -> bool:
+    """Whether any of a module's parameters is spread over processes."""
+    return any(isinstance(p, DTensor) for p in module.parameters())
 
 
 def whole(value: Any) -> Any:

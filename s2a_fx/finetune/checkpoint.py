@@ -156,7 +156,8 @@ def write(record: dict[str, Any], *files: Path) -> None:
             with written_whole(file, part) as stream:
                 torch.save(content, stream)
         except (OSError, RuntimeError) as error:  # of a full disk torch makes an error of its own
-            raise InputError(f"{file}: cannot be written: {getattr(error, 'strerror', None) or 'the disk is full'}.") from error
+            reason = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
+            raise InputError(f"{file}: cannot be written: {reason}.") from error
 
 
 def require(file: Path) -> None:

@@ -23,11 +23,10 @@ import timm
 import torch
 import torch.distributed as dist
 from torch import fx, nn
-from torch.distributed.tensor import DTensor
 
 from s2a_fx.errors import AdapterError, InputError
 from s2a_fx.recipes import recipe_called
-from s2a_fx.sharded import laid_out_like, whole
+from s2a_fx.sharded import is_spread, laid_out_like, whole
 from s2a_fx.tasks import task_file
 from s2a_fx.tasks.base_digests import digests, fingerprint, persistent, require_values
 from s2a_fx.tasks.origin import Origin, origin_of
@@ -182,18 +181,21 @@ def save_adapter(gm: nn.Module, path: str | os.PathLike[str], classes: Sequence[
         AdapterError: nothing trains, or the file cannot be written.
     """
     adapter = TaskAdapter.of(gm, classes)
-    if not any(isinstance(p, DTensor) for p in gm.parameters()):
+    if not is_spread(gm):
         _write(adapter, Path(path))
         return
-    failure: list[AdapterError | None] = [None]
-    if dist.get_rank() == 0:
-        try:
+    told: list[str | None] = ["the first process failed"]
+    try:
+        if dist.get_rank() == 0:
             _write(adapter, Path(path))
-        except AdapterError as error:
-            failure = [error]
-    dist.broadcast_object_list(failure, src=0)  # the others wait for it: they may read the file next
-    if failure[0] is not None:
-        raise failure[0]
+            told = [None]
+    except AdapterError as error:
+        told = [str(error)]
+        raise
+    finally:  # the others wait for it, whatever went wrong: they may read the file next
+        dist.broadcast_object_list(told, src=0)
+    if told[0] is not None:
+        raise AdapterError(told[0])
 
 
 def load_adapter(gm: nn.Module, path: str | os.PathLike[str]) -> None:

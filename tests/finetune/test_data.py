@@ -69,7 +69,7 @@ def test_an_image_that_cannot_be_read_ends_the_run_with_its_name(split, content,
     with pytest.raises(InputError) as error:
         finetune(options)
     assert "cannot be read" in str(error.value) and "\n" not in str(error.value)
-    assert str(file) in str(error.value) or dataset
+    assert ("of the data set: " if dataset else f"{file}: ") in str(error.value)
 
 
 @pytest.mark.parametrize("dataset", ["", "torch/image_folder"])

@@ -169,12 +169,28 @@ def require(file: Path) -> None:
 
 
 def read(file: Path) -> dict[str, Any]:
-    """Read a checkpoint.
+    """Read a checkpoint, also while the run that writes it goes on.
 
     Raises:
         InputError: there is none, it is no checkpoint of a run, of another version, or damaged.
     """
     require(file)
+    before = _written(file)
+    try:
+        return _read(file)
+    except InputError:
+        if _written(file) == before:
+            raise
+    return read(file)  # torch opens a file twice, for its list of tensors and for their values: one was of the old file
+
+
+def _written(file: Path) -> tuple[int, int]:
+    """Another pair for another file of that name: a number may come again, with another time."""
+    found = file.stat()
+    return found.st_ino, found.st_mtime_ns
+
+
+def _read(file: Path) -> dict[str, Any]:
     try:
         stored = torch.load(file, map_location="cpu", weights_only=True, mmap=True)  # no second copy of what is trained
         version, record = stored["version"], stored["run"]

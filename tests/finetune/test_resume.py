@@ -227,6 +227,23 @@ def test_damaged_checkpoints_are_told(whole_run, tmp_path):
         read(last)
 
 
+def test_a_checkpoint_is_read_while_its_run_writes_another(whole_run, tmp_path, monkeypatch):
+    last, newest = tmp_path / "last.pt", whole_run[0].folder / "last.pt"
+    changed = read(newest)
+    changed["trained"] = {name: value + 1 for name, value in changed["trained"].items()}
+    write(changed, last)
+    from_file = torch.UntypedStorage.from_file
+
+    def after_another(*given):
+        if last.read_bytes() != newest.read_bytes():
+            shutil.copy(newest, tmp_path / "part")
+            (tmp_path / "part").replace(last)
+        return from_file(*given)
+
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", after_another)
+    assert_same(read(last), read(newest))
+
+
 def test_a_lost_best_checkpoint_is_told_before_the_training(colours, tmp_path, monkeypatch):
     options = small_run(colours, tmp_path / "run", recipe="linear", save_every=1)
     _at_batch(monkeypatch, 8, lambda: signal.raise_signal(signal.SIGINT))

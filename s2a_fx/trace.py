@@ -73,10 +73,15 @@ def trace(model: nn.Module, example_inputs: torch.Tensor | Sequence[torch.Tensor
     except Exception as error:
         shapes = ", ".join(str(tuple(t.shape)) for t in inputs)
         raise InputError(
-            f"{type(model).__name__} does not take inputs of shape {shapes}: {_last_line(error)}. "
-            "Pass inputs of the size that the model was built for."
+            f"{type(model).__name__} does not take inputs of shape {shapes}: {_last_line(error)}. {_advice(error)}"
         ) from error
     return gm
+
+
+def _advice(refusal: Exception) -> str:
+    if "more than 1 value per channel" in str(refusal):  # a norm over the batch, of one image whose map is one position
+        return "Pass a larger batch or larger images."
+    return "Pass inputs of the size that the model was built for."
 
 
 def _same_kind(given: torch.Tensor, traced: torch.Tensor) -> bool:

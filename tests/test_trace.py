@@ -175,6 +175,11 @@ def test_image_of_another_size_is_refused(vit):
         s2a_fx.trace(vit[0], torch.randn(2, 3, 70, 70))
 
 
+def test_a_batch_too_small_for_batch_norms_is_refused():
+    with pytest.raises(s2a_fx.InputError, match=r"more than 1 value per channel.*Pass a larger batch or larger images"):
+        s2a_fx.trace(small_model("resnet")[0].train(), torch.randn(1, 3, 32, 32))
+
+
 def test_a_model_traced_in_eval_mode_stays_in_it():
     model, x = Dropping().eval(), torch.randn(16, 8)
     torch.testing.assert_close(s2a_fx.trace(model, x)(x), model(x), rtol=0, atol=0)

@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 
 from s2a_fx.analysis.flow import attribute, eliminate_dead_code
 from s2a_fx.nn.ghost import can_be_ghost
 
 _ADDS = (operator.add, torch.add)
+_CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 _POINTWISE = ((), ((1, 1), (0, 0), (1, 1)))  # strides, padding and dilation of B: of a linear layer, of a 1x1 convolution
 
 
@@ -120,12 +122,10 @@ def _layer(gm: fx.GraphModule, node: fx.Node) -> _Layer | None:
             return None
         options = () if isinstance(module, nn.Linear) else (module.stride, module.padding, module.dilation)
         return _Layer(node.all_input_nodes[0], f"{node.target}.weight", module.weight, options, module.bias is not None)
-    if node.target is not torch.convolution:
+    if node.target not in _CONVOLUTIONS or len(node.args) != 7:  # another than the plain form of a `FrozenConvolution`
         return None
     arguments: tuple[Any, ...] = node.args
-    x, weight, bias, stride, padding, dilation, transposed, _, groups = arguments
-    if weight.op != "get_attr" or transposed or groups != 1:
+    x, weight, bias, stride, padding, dilation, groups = arguments
+    if weight.op != "get_attr" or groups != 1 or not all(isinstance(n, tuple) for n in (stride, padding, dilation)):
         return None
-    return _Layer(
-        x, weight.target, attribute(gm, weight.target), (tuple(stride), tuple(padding), tuple(dilation)), bias is not None
-    )
+    return _Layer(x, weight.target, attribute(gm, weight.target), (stride, padding, dilation), bias is not None)

@@ -107,6 +107,14 @@ def test_the_rewritten_model_stays_as_it_is_and_shares_what_is_not_folded():
     plain(x)
 
 
+@pytest.mark.parametrize("family", SMALL)
+def test_it_runs_under_autocast(family):
+    model, x = small_model(family)
+    plain = s2a_fx.finalize(s2a_fx.transform(model, x, "s2a"))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(plain(x), model.eval()(x), rtol=0, atol=0.05)
+
+
 def test_prompts_are_one_constant_each():
     gm, _ = trained_model("vit", (FreezeWeights(), InsertLowRankPrompt(rank=2)))
     prompt = gm.get_submodule("blocks.0.low_rank_prompt")

@@ -174,7 +174,6 @@ def read(file: Path) -> dict[str, Any]:
     Raises:
         InputError: there is none, it is no checkpoint of a run, of another version, or damaged.
     """
-    require(file)
     before = _written(file)
     try:
         return _read(file)
@@ -186,6 +185,7 @@ def read(file: Path) -> dict[str, Any]:
 
 def _written(file: Path) -> tuple[int, int]:
     """Another pair for another file of that name: a number may come again, with another time."""
+    require(file)
     found = file.stat()
     return found.st_ino, found.st_mtime_ns
 

@@ -4,6 +4,8 @@ Each computes exactly what the layer that it replaces computes. Where no gradien
 nothing is coded.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -90,6 +92,9 @@ class CodedLayerNorm(nn.Module):
         return f"eps={self.eps}, centered={self.centered}, bits={self.bits}"
 
 
+_CONVOLUTIONS: dict[int, Callable[..., torch.Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
 class FrozenConvolution(nn.Module):
     """A convolution whose weight is frozen: it keeps nothing. Exact."""
 
@@ -106,8 +111,8 @@ class FrozenConvolution(nn.Module):
         return frozen_convolution(x, weight, bias, *options, self.groups)  # type: ignore[no-any-return]
 
     def inference_form(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        options = (list(self.stride), list(self.padding), list(self.dilation))
-        return torch.convolution(x, weight, bias, *options, False, [0] * len(self.stride), self.groups)
+        convolution = _CONVOLUTIONS[len(self.stride)]  # not torch.convolution, which autocast does not know
+        return convolution(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
     def extra_repr(self) -> str:
         return f"stride={self.stride}, padding={self.padding}, dilation={self.dilation}, groups={self.groups}"

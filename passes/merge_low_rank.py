@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import fx, nn
 
 from s2a_fx.analysis.flow import attribute, eliminate_dead_code
+from s2a_fx.nn.coded import CONVOLUTIONS
 from s2a_fx.nn.ghost import can_be_ghost
 
 _ADDS = (operator.add, torch.add)
-_CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 _POINTWISE = ((), ((1, 1), (0, 0), (1, 1)))  # strides, padding and dilation of B: of a linear layer, of a 1x1 convolution
 
 
@@ -122,7 +121,7 @@ def _layer(gm: fx.GraphModule, node: fx.Node) -> _Layer | None:
             return None
         options = () if isinstance(module, nn.Linear) else (module.stride, module.padding, module.dilation)
         return _Layer(node.all_input_nodes[0], f"{node.target}.weight", module.weight, options, module.bias is not None)
-    if node.target not in _CONVOLUTIONS or len(node.args) != 7:  # another than the plain form of a `FrozenConvolution`
+    if node.target not in CONVOLUTIONS.values() or len(node.args) != 7:  # another than the plain form of a `FrozenConvolution`
         return None
     arguments: tuple[Any, ...] = node.args
     x, weight, bias, stride, padding, dilation, groups = arguments

@@ -92,7 +92,8 @@ class CodedLayerNorm(nn.Module):
         return f"eps={self.eps}, centered={self.centered}, bits={self.bits}"
 
 
-_CONVOLUTIONS: dict[int, Callable[..., torch.Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+CONVOLUTIONS: dict[int, Callable[..., torch.Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+"""By dimensions of a map. Autocast knows them, unlike `torch.convolution`."""
 
 
 class FrozenConvolution(nn.Module):
@@ -111,8 +112,7 @@ class FrozenConvolution(nn.Module):
         return frozen_convolution(x, weight, bias, *options, self.groups)  # type: ignore[no-any-return]
 
     def inference_form(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        convolution = _CONVOLUTIONS[len(self.stride)]  # not torch.convolution, which autocast does not know
-        return convolution(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+        return CONVOLUTIONS[len(self.stride)](x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
     def extra_repr(self) -> str:
         return f"stride={self.stride}, padding={self.padding}, dilation={self.dilation}, groups={self.groups}"

@@ -112,3 +112,12 @@ def test_opcheck(shape, kernel):
     x, bias = torch.randn(shape, requires_grad=True), torch.randn(kernel[0], requires_grad=True)
     arguments = (x, torch.randn(kernel), bias, [2] * dims, [1] * dims, [1] * dims, 4 // kernel[1])
     assert set(opcheck(frozen_convolution, arguments).values()) == {"SUCCESS"}
+
+
+def test_a_thawed_weight_is_trained_under_autocast():
+    layer = FrozenConvolution((1, 1), (1, 1), (1, 1), 1)
+    weight = torch.randn(4, 3, 3, 3, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(torch.randn(2, 3, 8, 8), weight)
+    y.float().sum().backward()
+    assert y.dtype == torch.bfloat16 and weight.grad.dtype == torch.float32

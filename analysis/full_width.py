@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from torch import fx
 
-from s2a_fx.analysis.notes import Note
 from s2a_fx.analysis.saved import SavedTensor, is_activation
+from s2a_fx.graph.metadata import Note
 
 _KEY = "s2a_fx.smallest"
 

@@ -17,11 +17,11 @@ from torch import fx
 from torch.autograd.graph import _engine_run_backward
 
 from s2a_fx.analysis.device import CPU, DeviceModel
-from s2a_fx.analysis.fake import fake_mode, fake_modules, fake_tensor, traced_inputs
 from s2a_fx.analysis.ledger import NODE, Ledger, SaveRecord, StepRecord, in_steady_state, tensors_in
 from s2a_fx.analysis.loss import default_loss, describe_loss
 from s2a_fx.analysis.optimizer import make_optimizer, stand_ins
 from s2a_fx.errors import InputError
+from s2a_fx.graph.fake import fake_mode, fake_modules, fake_tensor, traced_inputs
 from s2a_fx.nn.checkpointed import Checkpointed
 from s2a_fx.nn.recompute import at_most_parts
 from s2a_fx.ops import SAVED

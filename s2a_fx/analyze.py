@@ -7,19 +7,19 @@ import torch
 from torch import fx, nn
 
 from s2a_fx.analysis.device import device_model
-from s2a_fx.analysis.fake import traced_inputs
 from s2a_fx.analysis.full_width import full_width_notes
 from s2a_fx.analysis.ledger import StepRecord
-from s2a_fx.analysis.notes import notes_of
 from s2a_fx.analysis.paper import paper_bytes
 from s2a_fx.analysis.peak import peak, timeline
 from s2a_fx.analysis.saved import is_activation, saved_tensors
 from s2a_fx.analysis.simulation import simulate
 from s2a_fx.errors import InputError, PassError
 from s2a_fx.fork_map import fork_map
+from s2a_fx.graph.capture import base_parameters, trace
+from s2a_fx.graph.fake import traced_inputs
+from s2a_fx.graph.metadata import notes_of
 from s2a_fx.recipes import GraphPass, name_of, resolve
 from s2a_fx.report import Comparison, MemoryReport, Refusal
-from s2a_fx.trace import base_parameters, trace
 from s2a_fx.transform import transform
 
 Loss = Callable[[Any], torch.Tensor]

@@ -18,14 +18,14 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import fx, nn
 
-from s2a_fx.analysis.flow import attribute, eliminate_dead_code, writes
 from s2a_fx.errors import InputError
+from s2a_fx.graph.capture import share_weights
+from s2a_fx.graph.edit import free_path
+from s2a_fx.graph.flow import attribute, eliminate_dead_code, writes
 from s2a_fx.nn.ghost import has_hooks
 from s2a_fx.nn.recompute import Recomputed
-from s2a_fx.passes.base import free_path
 from s2a_fx.passes.merge_low_rank import merge_low_rank
 from s2a_fx.sharded import is_spread
-from s2a_fx.trace import share_weights
 
 _DROPS = (
     nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout, DropPath,

@@ -6,9 +6,9 @@ import torch
 from torch import fx, nn
 
 from s2a_fx.errors import InputError
+from s2a_fx.graph.capture import trace
 from s2a_fx.recipes import GraphPass, resolve, spelled
 from s2a_fx.tasks.origin import note_origin
-from s2a_fx.trace import trace
 
 
 def transform(

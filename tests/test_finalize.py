@@ -15,8 +15,9 @@ from timm.layers import DropPath
 from torch import nn
 
 import s2a_fx
+from s2a_fx.graph.edit import replace_node
 from s2a_fx.passes import CompressActivations, FreezeWeights, InsertLoRA, InsertLowRankPrompt, QuantizeNonParametric
-from s2a_fx.passes.base import Pass, replaced
+from s2a_fx.passes.base import Pass
 
 RECIPES = ["s2a", "s2a-max", "s2a-paper", "lora+compress", "adapter", "vpt", "unipt", "lst", "bias+checkpoint"]
 OPTIONS = {
@@ -242,7 +243,7 @@ def test_a_module_of_one_s_own_says_what_it_is_at_inference(vit):
     class Triple(Pass):
         def rewrite(self, gm):
             node = next(n for n in gm.graph.nodes if n.target == "head_drop")
-            return bool(replaced(gm, node, Tripled(), node.args))
+            return bool(replace_node(gm, node, Tripled(), node.args))
 
     model, x = vit
     gm = s2a_fx.transform(model, x, (Triple(),)).eval()

@@ -16,6 +16,7 @@ ORDER = [
     "version",
     "whole_file",
     "sharded",
+    "graph",
     "fusion",
     "codecs",
     "ops",
@@ -24,14 +25,13 @@ ORDER = [
     "passes",
     "recipes",
     "tasks",
-    "trace",
     "report",
     "zoo",
     "fork_map",
     "transform",
     "finalize",
 ]
-ORDER += ["dynamo_graph", "backend", "inductor", "html", "analyze", "paper_figures", "paper_tables", "arguments", "finetune", "cli"]
+ORDER += ["backend", "inductor", "html", "analyze", "paper_figures", "paper_tables", "arguments", "finetune", "cli"]
 
 
 def _imports(path: Path) -> set[str]:

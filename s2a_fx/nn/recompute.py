@@ -5,32 +5,29 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
+from s2a_fx.graph.regions import Region
 from s2a_fx.nn.random_numbers import may_draw
 
 PART_BYTES = 24 * 10**6
 """What the wide tensors of a part may take: smaller parts cost time, larger ones stand in the peak."""
 
 
-class Recomputed(nn.Module):
+class Recomputed(Region):
     """Base of the modules that stand for a part of the model and run it again in the backward.
 
     Args:
         body: the part, from all arguments to its output.
         backward_body: the same, its last layer a `Ghost` where its values are not needed.
 
-    The modules that the bodies call stay registered where they are in the model, under their one name in the state dict: this
-    module refers to them, and owns none.
     """
 
-    body: fx.GraphModule
     backward_body: fx.GraphModule
 
     def __init__(self, body: fx.GraphModule, backward_body: fx.GraphModule) -> None:
-        super().__init__()
-        self.__dict__.update(body=body, backward_body=backward_body)
+        super().__init__(body=body, backward_body=backward_body)
         self.draws = any(may_draw(body, node) for node in body.graph.nodes)
 
     def run_at_once(self) -> None:
@@ -40,10 +37,6 @@ class Recomputed(nn.Module):
     def of_body(self, *arguments: Any) -> tuple[Any, ...]:
         """What the body is called with: `body(*of_body(*arguments))` is this module without its backward."""
         return arguments
-
-    def trained(self) -> list[nn.Parameter]:
-        """The part's parameters that train."""
-        return [p for p in self.body.parameters() if p.requires_grad]
 
 
 def needs_grad(*values: Any) -> bool:

@@ -26,13 +26,13 @@ from timm.layers import get_notrace_functions, get_notrace_modules
 from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
-from s2a_fx.analysis.fake import traced_inputs
-from s2a_fx.analysis.flow import eliminate_dead_code
-from s2a_fx.analysis.notes import add_note
-from s2a_fx.analysis.provenance import owner_path
-from s2a_fx.analysis.shapes import propagate
 from s2a_fx.errors import InputError, TraceError
-from s2a_fx.nn.training_switch import Difference, TrainingSwitch
+from s2a_fx.graph.fake import traced_inputs
+from s2a_fx.graph.flow import eliminate_dead_code
+from s2a_fx.graph.metadata import add_note
+from s2a_fx.graph.provenance import owner_path
+from s2a_fx.graph.shapes import propagate
+from s2a_fx.graph.training_switch import Difference, TrainingSwitch
 
 _BASE_PARAMETERS = "s2a_fx.base_parameters"
 _NON_PERSISTENT = "s2a_fx.non_persistent_buffers"

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from s2a_fx.analysis.fake import fake_mode, fake_tensor, traced_inputs
+from s2a_fx.graph.fake import fake_mode, fake_tensor, traced_inputs
 
 
 def propagate(gm: fx.GraphModule, inputs: Sequence[torch.Tensor] | None = None) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from s2a_fx.nn.recompute import Recomputed
+from s2a_fx.graph.regions import Region
 
 IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
 """Python's operators that write to their first operand."""
@@ -82,6 +82,6 @@ def _trains(gm: fx.GraphModule, node: fx.Node) -> bool:
         return isinstance(value := node.meta.get("val"), torch.Tensor) and value.requires_grad
     if node.op == "call_module":
         module = gm.get_submodule(str(node.target))
-        return any(p.requires_grad for p in module.parameters()) or (isinstance(module, Recomputed) and bool(module.trained()))
+        return any(p.requires_grad for p in module.parameters()) or (isinstance(module, Region) and bool(module.trained()))
     value = attribute(gm, str(node.target)) if node.op == "get_attr" else None
     return isinstance(value, torch.Tensor) and value.requires_grad

@@ -10,9 +10,9 @@ from small_models import small_model
 from torch import nn
 
 import s2a_fx
-from s2a_fx.analysis.notes import notes_of
-from s2a_fx.analysis.provenance import module_path
-from s2a_fx.nn.training_switch import TrainingSwitch
+from s2a_fx.graph.metadata import notes_of
+from s2a_fx.graph.provenance import module_path
+from s2a_fx.graph.training_switch import TrainingSwitch
 from s2a_fx.passes import CompressActivations, FreezeWeights
 from s2a_fx.zoo import timm_model
 
@@ -160,7 +160,7 @@ class _Refuses(nn.Module):
 
 
 def test_control_flow_on_values_is_refused_with_module_and_line():
-    with pytest.raises(s2a_fx.TraceError, match=r"inner\.0 \(_Refuses\), line \d+ of .*test_trace\.py"):
+    with pytest.raises(s2a_fx.TraceError, match=r"inner\.0 \(_Refuses\), line \d+ of .*test_capture\.py"):
         s2a_fx.trace(BranchesOnValues(), torch.randn(3, 4))
 
 

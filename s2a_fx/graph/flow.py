@@ -21,15 +21,16 @@ def writes(target: Any, kwargs: Mapping[str, Any]) -> bool:
     return target in IN_PLACE or bool(kwargs.get("inplace")) or "out" in kwargs or (name.endswith("_") and not name.endswith("__"))
 
 
+def has_effects(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node does more than compute a value: it writes to an operand or a buffer."""
+    if node.op == "call_module":
+        return node.is_impure() or bool(getattr(gm.get_submodule(str(node.target)), "inplace", False))
+    return node.is_impure() or (node.op in ("call_function", "call_method") and writes(node.target, node.kwargs))
+
+
 def eliminate_dead_code(gm: fx.GraphModule) -> None:
     """Erase what nobody reads; what writes stays, `y.mul_(2)` as a statement, which torch.fx takes for dead."""
-
-    def stays(node: fx.Node) -> bool:
-        if node.op == "call_module":
-            return node.is_impure() or bool(getattr(gm.get_submodule(str(node.target)), "inplace", False))
-        return node.is_impure() or (node.op in ("call_function", "call_method") and writes(node.target, node.kwargs))
-
-    gm.graph.eliminate_dead_code(stays)
+    gm.graph.eliminate_dead_code(lambda node: has_effects(gm, node))
 
 
 def dependent_nodes(gm: fx.GraphModule) -> set[fx.Node]:

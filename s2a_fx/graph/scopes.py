@@ -85,8 +85,8 @@ def _close(gm: fx.GraphModule, run: list[fx.Node]) -> None:
     body, _ = extract_region(gm, run, operands, outputs)
     close_scopes(body)
     if single:
-        (result,) = body.graph.output_node().args[0]  # type: ignore[misc, union-attr]
-        body.graph.output_node().args = (result,)
+        results: Any = body.graph.output_node().args[0]
+        body.graph.output_node().args = (results[0],)
     body.recompile()
     kind = REGIONS[scope.kind]
     module = kind(scope, body, any(has_effects(gm, node) for node in run)).train(gm.training)
@@ -113,7 +113,7 @@ def replace_by_values(graph: fx.Graph, call: fx.Node, outputs: Sequence[fx.Node]
             with graph.inserting_after(after):
                 value = after = graph.call_function(operator.getitem, (call, index))
             value.meta = dict(node.meta)
-        node.replace_all_uses_with(value, delete_user_cb=lambda user, call=call: user is not call)
+        node.replace_all_uses_with(value)
 
 
 def _move_readers_behind(run: list[fx.Node], inside: set[fx.Node]) -> None:

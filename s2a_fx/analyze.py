@@ -15,9 +15,9 @@ from s2a_fx.analysis.saved import is_activation, saved_tensors
 from s2a_fx.analysis.simulation import simulate
 from s2a_fx.errors import InputError, PassError
 from s2a_fx.fork_map import fork_map
-from s2a_fx.graph.capture import base_parameters, trace
+from s2a_fx.graph.capture import trace
 from s2a_fx.graph.fake import traced_inputs
-from s2a_fx.graph.metadata import notes_of
+from s2a_fx.graph.metadata import base_parameters, notes_of
 from s2a_fx.recipes import GraphPass, name_of, resolve
 from s2a_fx.report import Comparison, MemoryReport, Refusal
 from s2a_fx.transform import transform

@@ -13,8 +13,9 @@ from s2a_fx.analysis.saved import is_activation, saved_tensors
 from s2a_fx.analysis.simulation import simulate
 from s2a_fx.errors import PassError
 from s2a_fx.fork_map import fork_map
-from s2a_fx.graph.capture import base_parameters, trace
+from s2a_fx.graph.capture import trace
 from s2a_fx.graph.heads import head_paths
+from s2a_fx.graph.metadata import base_parameters
 from s2a_fx.paper_figures import (
     ACCURACIES,
     BACKBONES,

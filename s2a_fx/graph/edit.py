@@ -8,7 +8,7 @@ from timm.layers import get_notrace_functions
 from torch import fx, nn
 
 from s2a_fx.graph.flow import attribute
-from s2a_fx.graph.provenance import module_stack, owner_path
+from s2a_fx.graph.provenance import module_stack, owner_path, owner_stack
 
 
 def extract_region(
@@ -44,9 +44,7 @@ def splice_module(
     stands, and the path.
     """
     gm.add_submodule(path, module.train(gm.training))
-    around = module_stack(like) if like is not None else []
-    if like is not None and like.op == "call_module" and around and around[-1][0] == like.target:
-        around = around[:-1]
+    around = owner_stack(like) if like is not None else {}
     traced = _PartTracer(len(args)).trace(module)
     given = iter(args)
     values: dict[fx.Node, fx.Node] = {}
@@ -59,8 +57,8 @@ def splice_module(
             else:
                 values[node] = _within(gm, path, node, values)
                 inner = [(f"{path}.{place}", kind) for place, kind in module_stack(node)]
-                stack = {place: (place, kind) for place, kind in [*around, (path, type(module)), *inner]}
-                values[node].meta["nn_module_stack"] = stack
+                stack = {place: (place, kind) for place, kind in [(path, type(module)), *inner]}
+                values[node].meta["nn_module_stack"] = {**around, **stack}
     raise AssertionError("a traced graph ends in an output")
 
 
@@ -81,7 +79,7 @@ def _within(gm: fx.GraphModule, path: str, node: fx.Node, values: dict[fx.Node, 
     return gm.graph.create_node(node.op, target, args, kwargs)  # type: ignore[arg-type]
 
 
-def free_path(gm: fx.GraphModule, parent: str, name: str) -> str:
+def free_path(gm: nn.Module, parent: str, name: str) -> str:
     """A path under `parent` where nothing stands yet: `parent.name`, or with a number."""
     wanted = path = f"{parent}.{name}" if parent else name
     count = 1
@@ -91,12 +89,23 @@ def free_path(gm: fx.GraphModule, parent: str, name: str) -> str:
     return path
 
 
-def _is_taken(gm: fx.GraphModule, path: str) -> bool:
+def _is_taken(gm: nn.Module, path: str) -> bool:
     try:
         attribute(gm, path)
     except AttributeError:
         return False
     return True
+
+
+def add_module(root: nn.Module, path: str, module: nn.Module, like: str) -> None:
+    """Put `module` at `path`, where nothing stands yet, in the mode of the module at the path `like`."""
+    owner = root
+    *parents, name = path.split(".")
+    for parent in parents:
+        if parent not in dict(owner.named_children()):
+            owner.add_module(parent, nn.Module())
+        owner = owner.get_submodule(parent)
+    owner.add_module(name, module.train(root.get_submodule(like).training))
 
 
 def snake_case(kind: type) -> str:
@@ -111,10 +120,8 @@ def insert_call(gm: fx.GraphModule, path: str, module: nn.Module, args: tuple[An
     """
     gm.add_submodule(path, module.train(gm.training))
     node = gm.graph.call_module(path, args)
-    around = module_stack(like) if like is not None else []
-    if like is not None and like.op == "call_module" and around and around[-1][0] == like.target:
-        around = around[:-1]
-    node.meta["nn_module_stack"] = {place: (place, kind) for place, kind in [*around, (path, type(module))]}
+    around = owner_stack(like) if like is not None else {}
+    node.meta["nn_module_stack"] = {**around, path: (path, type(module))}
     return node
 
 

@@ -5,7 +5,9 @@ alone drops:
 
 1. a call that draws random numbers without a proxy (`torch.randn(64)`) becomes a node, not a constant;
 2. `torch.no_grad()`, `torch.autocast()` and `torch.utils.checkpoint.checkpoint()` around a node become its scopes;
-3. forward hooks of the modules that are traced through, the model itself included, become nodes that call them.
+3. forward hooks of the modules that are traced through, the model itself included, become nodes that call them;
+4. augmented assignments (`x += y`) stay writes;
+5. the shape of a parameter or buffer is a constant, and no node.
 
 torch.fx patches `nn.Module.__call__` and `__getattr__` for the whole process. So does this tracer, one trace at a time, and what
 other threads call passes straight through.
@@ -14,6 +16,7 @@ other threads call passes straight through.
 import contextlib
 import functools
 import math
+import operator
 import sys
 import threading
 import traceback
@@ -26,19 +29,19 @@ from typing import Any
 import torch
 from timm.layers import get_notrace_functions, get_notrace_modules
 from torch import fx, nn
-from torch.fx.proxy import ParameterProxy
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_any, tree_flatten, tree_unflatten
 
 from s2a_fx.errors import TraceError
 from s2a_fx.graph import hooks
-from s2a_fx.graph.inputs import Signature
+from s2a_fx.graph.inputs import Signature, Structure
 from s2a_fx.graph.regions import SCOPES, Scope
 from s2a_fx.graph.torch_internals import CHECKPOINT_CODE, autocast_options, checkpoint_options, without_autocast
 
 _LOCK = threading.RLock()
-_THROUGH = (
+THROUGH = (
     nn.Sequential, nn.MultiheadAttention, nn.Transformer, nn.TransformerEncoder, nn.TransformerEncoderLayer,
     nn.TransformerDecoder, nn.TransformerDecoderLayer,
 )  # fmt: skip
@@ -47,15 +50,15 @@ _THROUGH = (
 
 @dataclass(frozen=True)
 class Captured:
-    """A flat captured graph: a placeholder for each input leaf, a tuple of leaves as output, scopes as metadata.
+    """A flat captured graph over a model's own modules and tensors.
 
     Attributes:
-        graph_module: the graph, over the model's own modules and tensors.
-        result_spec: the structure of what the model returns.
+        graph: has a placeholder for each tensor of the inputs, scopes as metadata, and returns a tuple.
+        structure: the structure of what the model returns.
     """
 
-    graph_module: fx.GraphModule
-    result_spec: Any
+    graph: fx.Graph
+    structure: Structure
 
 
 def capture_by_fx(model: nn.Module, signature: Signature, leaf_paths: frozenset[str] = frozenset()) -> Captured:
@@ -72,8 +75,7 @@ def capture_by_fx(model: nn.Module, signature: Signature, leaf_paths: frozenset[
     tracer = ModelTracer(leaf_paths)
     with _LOCK:
         graph, spec = tracer.capture(model, signature)
-    graph._tracer_cls = BufferTracer
-    return Captured(fx.GraphModule(model, graph, type(model).__name__), spec)
+    return Captured(graph, spec)
 
 
 class BufferTracer(fx.Tracer):
@@ -86,7 +88,7 @@ class ModelTracer(BufferTracer):
     """Traces one model, once."""
 
     def __init__(self, leaf_paths: frozenset[str]) -> None:
-        super().__init__(param_shapes_constant=True)
+        super().__init__()
         self.leaf_paths = leaf_paths
         self.leaf_types = set(get_notrace_modules())
         self.thread = threading.get_ident()
@@ -109,7 +111,7 @@ class ModelTracer(BufferTracer):
         try:
             with torch.inference_mode(False), torch.enable_grad(), without_autocast(), self._patches(model), _SeeDraws(self):
                 result = self._run(model, args, kwargs)
-            results, spec = signature.flatten_result(result)
+            results, spec = Structure.of(result)
             self.create_node("output", "output", (self.create_arg(tuple(results)),), {})
         except TraceError:
             raise
@@ -128,7 +130,7 @@ class ModelTracer(BufferTracer):
             or is_childless_switch(m)
             or isinstance(m, nn.Linear)  # timm's thin subclass, which only spells out its autocast
             or type(m).__module__.startswith("s2a_fx.")
-            or (type(m) not in _THROUGH and super().is_leaf_module(m, module_qualified_name))
+            or (type(m) not in THROUGH and super().is_leaf_module(m, module_qualified_name))
         )
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -141,9 +143,21 @@ class ModelTracer(BufferTracer):
         if path is None:
             return attr_val
         if path not in parameter_proxy_cache:
-            factory = functools.partial(ParameterProxy, self, name=path, param=attr_val)
-            parameter_proxy_cache[path] = self.create_proxy("get_attr", path, (), {}, proxy_factory_fn=factory)
+            make = functools.partial(_WeightProxy, tracer=self, tensor=attr_val)
+            parameter_proxy_cache[path] = self.create_proxy("get_attr", path, (), {}, proxy_factory_fn=make)
         return parameter_proxy_cache[path]
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+    def create_arg(self, a: Any) -> Any:
+        """As torch.fx does, but equal constants of the captures of both modes are one attribute."""
+        if isinstance(a, torch.Tensor) and id(a) not in self.tensor_paths and a not in self.tensor_attrs:
+            for known, path in self.tensor_attrs.items():
+                if "." not in path and isinstance(known, torch.Tensor) and is_same_constant(a, known):
+                    self.tensor_attrs[a] = path
+                    break
+        return super().create_arg(a)
 
     def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(kind, target, *args, **kwargs)
@@ -168,8 +182,10 @@ class ModelTracer(BufferTracer):
 
     def _call_hook(self, hook: nn.Module, value: Any, *operands: Any) -> Any:
         """The node that runs a hook on `operands`, and `value` with its tensors as the hook returns them."""
-        path = self.get_fresh_qualname("forward_hook_")
-        self.root.add_module(path, hook)
+        path = next((name for name, child in self.root.named_children() if hooks.is_same(child, hook)), None)
+        if path is None:
+            path = self.get_fresh_qualname("forward_hook_")
+            self.root.add_module(path, hook)
         leaves, spec = tree_flatten(value)
         returned: Any = self.create_proxy("call_module", path, operands, {})
         return tree_unflatten([returned[i] if isinstance(v, fx.Proxy) else v for i, v in enumerate(leaves)], spec)
@@ -266,6 +282,56 @@ class ModelTracer(BufferTracer):
         return wrapper
 
 
+class _Proxy(fx.Proxy):
+    """A proxy whose augmented assignments are writes (4): without these methods Python would take `x = x + y` for `x += y`."""
+
+    def _assign(self, function: Any, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    def __iadd__(self, other: Any) -> fx.Proxy:
+        return self._assign(operator.iadd, other)
+
+    def __isub__(self, other: Any) -> fx.Proxy:
+        return self._assign(operator.isub, other)
+
+    def __imul__(self, other: Any) -> fx.Proxy:
+        return self._assign(operator.imul, other)
+
+    def __itruediv__(self, other: Any) -> fx.Proxy:
+        return self._assign(operator.itruediv, other)
+
+
+class _WeightProxy(_Proxy):
+    """A parameter or buffer, whose shape does not change (5)."""
+
+    def __init__(self, node: fx.Node, *, tracer: ModelTracer, tensor: torch.Tensor) -> None:
+        super().__init__(node, tracer)
+        self.tensor = tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.tensor.shape
+
+    @property
+    def ndim(self) -> int:
+        return self.tensor.ndim
+
+    def size(self, *dimension: int) -> Any:
+        return self.tensor.size(*dimension)
+
+    def dim(self) -> int:
+        return self.tensor.dim()
+
+    def numel(self) -> int:
+        return self.tensor.numel()
+
+    def nelement(self) -> int:
+        return self.tensor.nelement()
+
+    def __len__(self) -> int:
+        return len(self.tensor)
+
+
 class _Draw(BaseException):
     """Raised in the place of an operator that draws random numbers."""
 
@@ -307,6 +373,13 @@ def _plain_tensors(model: nn.Module) -> Iterator[tuple[torch.Tensor, str]]:
         for name, value in vars(module).items():
             if isinstance(value, torch.Tensor):
                 yield value, f"{path}.{name}".lstrip(".")
+
+
+def is_same_constant(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors that a forward made are equal; those of the meta device are if they look alike."""
+    if (a.shape, a.dtype, a.device, a.stride()) != (b.shape, b.dtype, b.device, b.stride()):
+        return False
+    return a.device.type == "meta" or isinstance(a, FakeTensor) or torch.equal(a, b)
 
 
 def is_childless_switch(module: nn.Module) -> bool:

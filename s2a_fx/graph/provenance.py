@@ -22,12 +22,17 @@ def module_path(node: fx.Node) -> str:
     return stack[-1][0] if stack else ""
 
 
-def owner_path(node: fx.Node) -> str:
-    """The module whose forward emitted the node; for a `call_module` node, the caller."""
+def owner_stack(node: fx.Node) -> dict[str, tuple[str, type[nn.Module] | str]]:
+    """The modules around the call of a node, outermost first; for a `call_module` node, without the called one."""
     stack = module_stack(node)
     if node.op == "call_module" and stack and stack[-1][0] == node.target:
         stack = stack[:-1]
-    return stack[-1][0] if stack else ""
+    return {path: (path, kind) for path, kind in stack}
+
+
+def owner_path(node: fx.Node) -> str:
+    """The module whose forward emitted the node; for a `call_module` node, the caller."""
+    return next(reversed(owner_stack(node)), "")
 
 
 def plain_path(expression: str) -> str:

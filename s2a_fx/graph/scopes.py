@@ -42,12 +42,12 @@ def _adopt_inserted(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if SCOPES in node.meta or node.op in ("placeholder", "get_attr", "output") or not node.users:
             continue
-        readers = _common([scopes_of(user) for user in node.users])
-        operands = [_common([readers, scopes_of(operand)]) for operand in node.all_input_nodes]
+        readers = common_scopes([scopes_of(user) for user in node.users])
+        operands = [common_scopes([readers, scopes_of(operand)]) for operand in node.all_input_nodes]
         node.meta[SCOPES] = max(operands, key=len, default=())
 
 
-def _common(stacks: Sequence[tuple[Scope, ...]]) -> tuple[Scope, ...]:
+def common_scopes(stacks: Sequence[tuple[Scope, ...]]) -> tuple[Scope, ...]:
     """The scopes that begin every stack."""
     first, *others = stacks
     depth = next((i for i, scope in enumerate(first) if any(o[i : i + 1] != (scope,) for o in others)), len(first))

@@ -5,13 +5,17 @@ Each has what it is used for. All were tried on torch 2.11 and 2.14.
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator
+import linecache
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from types import CodeType
 from typing import Any
 
 import torch
 import torch.utils.checkpoint
-from torch import nn
+from torch import fx, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 # Capture: what the model does around its calls.
 
@@ -72,6 +76,159 @@ def forward_hooks(module: nn.Module) -> list[tuple[Callable[..., Any], bool]]:
     return [(hook, ident in module._forward_hooks_with_kwargs) for ident, hook in module._forward_hooks.items()]
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether anything is to happen when a module runs, forward or backward."""
+    return bool(module._forward_hooks or module._forward_pre_hooks) or has_backward_hooks(module)
+
+
 def has_backward_hooks(module: nn.Module) -> bool:
     """Whether a module has backward hooks or backward pre-hooks."""
     return bool(module._backward_hooks or module._backward_pre_hooks)
+
+
+# Tensors: identity, versions, and values that fake ones do not have.
+
+READS_VALUE = (DataDependentOutputException, DynamicOutputShapeException)
+"""Raised where a fake tensor is asked for its value, or for a shape that depends on it."""
+
+
+def storage_key(tensor: torch.Tensor) -> int:
+    """A number that is the same for tensors which share a storage, for as long as it lives."""
+    return tensor.untyped_storage()._cdata
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """How often a tensor was written to in place."""
+    return tensor._version
+
+
+# Dynamo: the graph of a whole forward.
+
+
+@dataclass(frozen=True)
+class DynamoGraph:
+    """What Dynamo makes of a forward.
+
+    Attributes:
+        graph_module: its placeholders are the `arguments`.
+        arguments: parameters, buffers, inputs and sizes that the graph was captured with.
+        result: what the forward returns, `markers` in the place of what the graph returns.
+    """
+
+    graph_module: fx.GraphModule
+    arguments: Sequence[Any]
+    result: Any
+    markers: Sequence[Any]
+
+
+def dynamo_graph(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], leaves: Sequence[torch.Tensor]) -> DynamoGraph:
+    """Capture the forward of `model`; the first dimension of each of `leaves` stays symbolic where the model lets it."""
+    from torch._dynamo.functional_export import dynamo_graph_capture_for_export
+
+    for leaf in leaves:
+        if leaf.ndim and leaf.shape[0] > 1:
+            torch._dynamo.maybe_mark_dynamic(leaf, 0)
+    gm = dynamo_graph_capture_for_export(model)(*args, **kwargs)
+    given = (*args, *kwargs.values())
+    outputs: Any = gm.graph.output_node().args[0]
+    markers = [_Marker() for _ in outputs]
+    return DynamoGraph(gm, gm._dynamo_bytecode_flatten(*given), gm._dynamo_bytecode_unflatten(tuple(markers), given), markers)
+
+
+class _Marker:
+    """Stands for a tensor that a graph returns."""
+
+
+def dynamo_refusal(error: Exception) -> str:
+    """Why Dynamo could not follow a model, and the line of the model where it stopped."""
+    reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).rstrip(".")
+    stack = getattr(error, "real_stack", None) or ()
+    frames = [frame for frame in stack if not frame.filename.startswith(torch.__path__[0])]
+    place = f"line {frames[-1].lineno} of {frames[-1].filename}: " if frames else ""
+    return f"{place}Dynamo cannot follow it ({reason})"
+
+
+def changes_context(node: fx.Node) -> bool:
+    """Whether a node of Dynamo's switches the grad mode, or enters or leaves autocast."""
+    return node.target in (
+        torch._C._set_grad_enabled,
+        torch.amp.autocast_mode._enter_autocast,
+        torch.amp.autocast_mode._exit_autocast,
+    )
+
+
+def entered_context(node: fx.Node) -> tuple[str, tuple[tuple[str, Any], ...]] | None:
+    """The kind and options of the context that a node enters; None for one that leaves autocast."""
+    if node.target is torch._C._set_grad_enabled:
+        return "grad_mode", (("enabled", node.args[0]),)
+    if node.target is torch.amp.autocast_mode._enter_autocast:
+        return "autocast", tuple(zip(("device_type", "dtype", "enabled", "cache_enabled"), node.args, strict=False))
+    return None
+
+
+def is_checkpoint(node: fx.Node) -> bool:
+    """Whether a node of Dynamo's is a checkpointed part."""
+    return node.target is torch.ops.higher_order.tag_activation_checkpoint
+
+
+def checkpoint_options_of_node(node: fx.Node) -> tuple[tuple[str, Any], ...]:
+    """The keyword arguments of the call of `checkpoint` that a node stands for."""
+    options = {name: value for name, value in node.kwargs.items() if value is not _CHECKPOINT_DEFAULTS.get(name)}
+    if "_checkpoint_context_fn" in node.meta:
+        options["context_fn"] = node.meta["_checkpoint_context_fn"]
+    return tuple({**options, "use_reentrant": bool(node.kwargs.get("use_reentrant", False))}.items())
+
+
+def is_same_symbol(size: torch.SymInt, other: torch.SymInt) -> bool:
+    """Whether two symbolic sizes are one."""
+    return bool(size.node.expr == other.node.expr)
+
+
+# Graph modules: their source code, and their state.
+
+GRAPH_MODULE_CODE = ("_graph", "_code", "_lineno_map", "_prologue_start")
+"""Attributes of a graph module that are made from its graph."""
+
+
+def free_source_with(forward: Callable[..., Any]) -> None:
+    """Forget the source code of a generated forward when the forward is freed: torch.fx would keep it for ever."""
+    weakref.finalize(forward, _forget_source, forward.__code__.co_filename).atexit = False
+
+
+def _forget_source(key: str) -> None:
+    torch.fx.graph_module._loader.eval_cache.pop(key, None)
+    linecache.cache.pop(key, None)
+
+
+def call_after_deepcopy(gm: fx.GraphModule, hook: Callable[[fx.GraphModule], None]) -> None:
+    """Call `hook` with each deep copy of a graph module."""
+    gm._register_deepcopy_hook(hook)
+
+
+# Buffers.
+
+
+def non_persistent_buffers(model: nn.Module) -> tuple[str, ...]:
+    """The paths of the buffers that a model leaves out of its state dict."""
+    return tuple(
+        f"{path}.{name}".lstrip(".") for path, module in model.named_modules() for name in module._non_persistent_buffers_set
+    )
+
+
+def make_non_persistent(model: nn.Module, paths: Sequence[str]) -> None:
+    """Leave the buffers at these paths, those that are there, out of the state dict."""
+    modules = dict(model.named_modules())
+    for path in paths:
+        owner, _, name = path.rpartition(".")
+        if owner in modules and name in modules[owner]._buffers:
+            modules[owner]._non_persistent_buffers_set.add(name)
+
+
+# The state of the process: what a caller may be inside of.
+
+
+@contextlib.contextmanager
+def neutral_state() -> Iterator[None]:
+    """Run as at the top of a program: gradients on, no inference mode, no autocast."""
+    with torch.inference_mode(False), torch.enable_grad(), without_autocast():
+        yield

@@ -17,7 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.passes.infra.pass_base import PassResult
 
 from s2a_fx.errors import InputError, PassError
+from s2a_fx.graph import torch_internals
 from s2a_fx.graph.flow import eliminate_dead_code
+from s2a_fx.graph.scopes import close_scopes, open_scopes
 from s2a_fx.graph.shapes import propagate
 
 
@@ -37,12 +39,16 @@ class Pass(abc.ABC):
                 f"{type(self).__name__}: the graph carries no shapes; make it with s2a_fx.trace(model, example_inputs), "
                 "or call s2a_fx.graph.shapes.propagate(gm, example_inputs) first."
             )
-        modified = self.rewrite(graph_module)
-        if modified:
-            eliminate_dead_code(graph_module)
-            graph_module.graph.lint()
-            graph_module.recompile()
-            propagate(graph_module)
+        with torch_internals.neutral_state():
+            opened = open_scopes(graph_module)
+            modified = self.rewrite(graph_module)
+            if opened:
+                close_scopes(graph_module)
+            if modified or opened:
+                eliminate_dead_code(graph_module)
+                graph_module.graph.lint()
+                graph_module.recompile()
+                propagate(graph_module)
         return PassResult(graph_module, modified)
 
     @abc.abstractmethod

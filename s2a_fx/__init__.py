@@ -12,6 +12,7 @@ from s2a_fx.analyze import analyze, compare
 from s2a_fx.errors import AdapterError, InputError, PassError, S2AError, ShapeError, TraceError
 from s2a_fx.finalize import finalize
 from s2a_fx.graph.capture import trace
+from s2a_fx.graph.inputs import Inputs
 from s2a_fx.recipes import RECIPES
 from s2a_fx.report import Comparison, MemoryReport
 from s2a_fx.tasks.adapter import TaskAdapter, load_adapter, read_adapter, save_adapter
@@ -23,6 +24,7 @@ __all__ = [
     "AdapterError",
     "Comparison",
     "InputError",
+    "Inputs",
     "MemoryReport",
     "PassError",
     "S2AError",

@@ -58,7 +58,7 @@ def trace(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
         InputError: the inputs do not fit the model.
         TraceError: neither torch.fx nor Dynamo can follow the model faithfully; names the module and the line.
     """
-    with torch_internals.neutral_state():
+    with torch_internals.neutral_state(), torch_internals.without_autocast():
         owned = share_weights(model)
         signature = signature_of(owned)
         if signature is None:

@@ -9,6 +9,7 @@ from torch import fx, nn
 
 from s2a_fx.graph.flow import attribute
 from s2a_fx.graph.provenance import module_stack, owner_path, owner_stack
+from s2a_fx.graph.traced_module import TracedModule
 
 
 def extract_region(
@@ -31,7 +32,7 @@ def extract_region(
     for node in nodes:
         copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output(copies[nodes[-1]] if outputs is None else tuple(copies[node] for node in outputs))
-    part = fx.GraphModule(gm, graph, "Part")
+    part = TracedModule(gm, graph, "Part")
     return part, dict(zip(copies, part.graph.nodes, strict=False))
 
 

@@ -23,6 +23,7 @@ from s2a_fx.graph.flow import has_effects
 from s2a_fx.graph.provenance import owner_path, owner_stack
 from s2a_fx.graph.regions import SCOPES, ModeRegion, Scope, scopes_of
 from s2a_fx.graph.scopes import close_scopes, common_scopes
+from s2a_fx.graph.traced_module import TracedModule
 from s2a_fx.graph.training_switch import Difference, TrainingSwitch
 
 _CALLS = ("call_function", "call_method", "call_module")
@@ -171,7 +172,7 @@ class _Alignment:
             copies[node].meta = {**node.meta, SCOPES: self._scopes(node, mode)[depth:]}
         results = [pair[mode] for pair in gap.values]
         graph.output(tuple(copy_of(result) if isinstance(result, fx.Node) else result for result in results))
-        body = fx.GraphModule(self.model, graph, "Mode")
+        body = TracedModule(self.model, graph, "Mode")
         close_scopes(body)
         body.recompile()
         return body

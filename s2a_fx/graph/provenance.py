@@ -5,6 +5,7 @@ import re
 from torch import fx, nn
 
 _READ = re.compile(r"getattr\(([^()]*), '([^']*)'\)")
+_CHILD = re.compile(r"\.(?:__dict__\['_modules'\]|_modules)\['([^']*)'\]")
 _BODY = re.compile(r".*\.(?:recomputed_branch|coded_input|checkpointed)(?:_\d+)?\.(?:backward_)?body\.")
 """The path of a part that is computed again, up to where the original model's own paths begin."""
 
@@ -39,4 +40,5 @@ def plain_path(expression: str) -> str:
     """`getattr(L['self'].blocks, '0').norm1` -> `blocks.0.norm1`; of a part that is recomputed, the path of the original module."""
     while _READ.search(expression):
         expression = _READ.sub(r"\1.\2", expression)
+    expression = _CHILD.sub(r".\1", expression)
     return _BODY.sub("", expression.removeprefix("L['self']").lstrip("."))

@@ -16,6 +16,7 @@ import torch
 import torch.utils.checkpoint
 from torch import fx, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch.utils._python_dispatch import _disable_current_modes
 
 # Capture: what the model does around its calls.
 
@@ -229,6 +230,59 @@ def make_non_persistent(model: nn.Module, paths: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def neutral_state() -> Iterator[None]:
-    """Run as at the top of a program: gradients on, no inference mode, no autocast."""
-    with torch.inference_mode(False), torch.enable_grad(), without_autocast():
+    """Run as at the top of a program, whatever the caller is inside of, but for autocast.
+
+    Gradients are on; inference mode, anomaly mode, fake modes and other dispatch modes, hooks of saved tensors, and a default
+    device are off.
+    """
+    anomaly = torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_disable_current_modes())
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(_own_saved_tensor_hooks())
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        if anomaly[0]:
+            torch.autograd.set_detect_anomaly(False)
+            stack.callback(torch.autograd.set_detect_anomaly, *anomaly)
         yield
+
+
+@contextlib.contextmanager
+def _own_saved_tensor_hooks() -> Iterator[None]:
+    """Keep the caller's hooks of saved tensors from seeing what is saved inside, also where hooks are disabled."""
+    message = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message()
+    if message is not None:
+        torch._C._autograd._saved_tensors_hooks_enable()
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+            yield
+    finally:
+        if message is not None:
+            torch._C._autograd._saved_tensors_hooks_disable(message)
+
+
+# Parameters, where modules hold them.
+
+
+@dataclass(frozen=True)
+class WeightSlot:
+    """A place of a module that holds `tensor`, a parameter or what `torch.func.functional_call` put there."""
+
+    name: str
+    tensor: torch.Tensor
+    holder: dict[str, Any]
+
+    def present(self) -> torch.Tensor:
+        """What the place holds now."""
+        return self.holder[self.name]  # type: ignore[no-any-return]
+
+    def put(self, tensor: torch.Tensor) -> None:
+        """Let the place hold another tensor."""
+        self.holder[self.name] = tensor
+
+
+def weight_slots(module: nn.Module) -> list[WeightSlot]:
+    """The places of a module and those inside it that hold parameters."""
+    return [WeightSlot(name, p, m._parameters) for m in module.modules() for name, p in m._parameters.items() if p is not None]

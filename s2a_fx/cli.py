@@ -25,7 +25,7 @@ from s2a_fx.passes import PASSES
 from s2a_fx.recipes import RECIPES, SUFFIXES, name_of, resolve
 from s2a_fx.report import Comparison
 from s2a_fx.transform import transform
-from s2a_fx.whole_file import own_part, written_whole
+from s2a_fx.whole_file import check_destination, is_same_file, write_file
 from s2a_fx.zoo import DTYPES, timm_model
 
 
@@ -116,7 +116,7 @@ def _compare(options: argparse.Namespace) -> None:
 
 
 def _table(options: argparse.Namespace) -> None:
-    _check_folders(options.json)
+    _check_destinations(options.json)
     if options.batch_size and not options.model:
         raise InputError(f"--batch-size: the paper's figures are at batch {BATCH_SIZE}; name another model with --model.")
     if options.table and options.model:
@@ -130,16 +130,26 @@ def _table(options: argparse.Namespace) -> None:
         _write(options.json, json.dumps(to_json(cells), indent=1))
 
 
-def _check_folders(*paths: Path | None) -> None:
-    for path in paths:
-        if path is not None and not path.parent.is_dir():
-            raise InputError(f"{path}: there is no folder {path.parent}; create it or name another file.")
+def _check_destinations(*paths: Path | None) -> None:
+    """Raise `InputError` unless all files can be written, and are different ones: before the work begins."""
+    given = [path for path in paths if path is not None]
+    for index, path in enumerate(given):
+        try:
+            check_destination(path)
+        except OSError as error:
+            raise InputError(f"{path}: {_reason(error)}.") from error
+        if same := next((other for other in given[:index] if is_same_file(path, other)), None):
+            raise InputError(f"{path}: is the same file as {same}, and one would replace the other; name two files.")
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error)
 
 
 def _simulate(options: argparse.Namespace, recipes: list[str], tell_refusals: bool = False) -> Comparison:
     for recipe in recipes:
         resolve(recipe)
-    _check_folders(options.json, options.html)
+    _check_destinations(options.json, options.html)
     model, example = _built(options)
     comparison = compare(
         model,
@@ -192,12 +202,10 @@ def _passes(options: argparse.Namespace) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
     try:
-        with written_whole(path, own_part(path)) as file:
-            file.write(text.encode())
+        write_file(path, text.encode())
     except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror}.") from error
+        raise InputError(f"{path}: cannot be written: {_reason(error)}.") from error
 
 
 if __name__ == "__main__":

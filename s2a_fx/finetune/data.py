@@ -18,8 +18,8 @@ from torchvision.transforms import Compose
 from s2a_fx.errors import InputError
 from s2a_fx.finetune.distributed import Processes
 from s2a_fx.finetune.draws import Drawn, draw_for_batch
-from s2a_fx.finetune.interrupts import stand_apart
 from s2a_fx.finetune.options import FinetuneOptions
+from s2a_fx.finetune.workers import start_worker
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,9 @@ def _split(options: FinetuneOptions, split: str, **settings: Any) -> Any:
             f"{options.data}: has no folder for the split {split!r}; wanted train/ and val/, a folder a class in each."
         )
     if not options.dataset:
-        _check_places(Path(dataset.reader.root), dataset.filenames(absolute=True))
+        files = dataset.filenames(absolute=True)
+        _check_places(Path(dataset.reader.root), files)
+        _check_files(files)
     if not len(dataset):
         raise InputError(f"{options.dataset or options.data}, split {split!r}: has no images.")
     return dataset
@@ -92,6 +94,14 @@ def _check_places(root: Path, files: list[str]) -> None:
     strange = next((file for file in files if Path(file).parent.parent != root), None)
     if strange is not None:
         raise InputError(f"{strange}: lies in no folder of a class; wanted {root}/CLASS/IMAGE. Move it, or take another --dataset.")
+
+
+def _check_files(files: list[str]) -> None:
+    """Refuse what is no file to read: a link that leads nowhere, or a pipe, which may never end."""
+    strange = next((file for file in files if not Path(file).is_file()), None)
+    if strange is not None:
+        what = "is no plain file" if Path(strange).exists() else "is a link that leads nowhere"
+        raise InputError(f"{strange}: {what}; mend it or take it out: no other image stands for it.")
 
 
 def _check_names(options: FinetuneOptions, names: tuple[str, ...], val_names: tuple[str, ...], movable: bool) -> None:
@@ -184,7 +194,7 @@ def make_loader(
         raise InputError(f"augment: timm refuses {options.augment!r}: {error}; give none, crop, or a policy of timm's.") from error
     mode = "L" if config["input_size"][0] == 1 else "RGB"
     dataset.transform = Compose([partial(_decoded, mode=mode), dataset.transform])
-    batches.loader.worker_init_fn = stand_apart  # timm's only seeds, and each image has draws of its own
+    batches.loader.worker_init_fn = start_worker  # timm's only seeds, and each image has draws of its own
     order = Order(dataset, processes.count, processes.rank, shuffle=train, seed=options.seed, drop_last=train)
     batches.loader.batch_sampler.drop_last = train
     batches.loader.batch_sampler.sampler = order  # one order for one process and for many, which can begin anywhere

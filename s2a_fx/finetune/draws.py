@@ -7,6 +7,8 @@ therefore goes on from any step as if it had never stopped, with any number of w
 from typing import Any
 
 import numpy as np
+from PIL import Image
+from timm.data import ImageDataset
 from timm.utils import random_seed
 from torch.utils.data import Dataset
 
@@ -42,7 +44,7 @@ class Drawn(Dataset[Any]):
     def __getitem__(self, index: int) -> Any:
         draw_for_image(self.seed, self.epoch, index)
         try:
-            return self.dataset[index]
+            return _read(self.dataset, index)
         except OSError as error:
             named = getattr(self.dataset, "filename", None)
             name = named(index, absolute=True) if named else f"image {index} of the data set"
@@ -59,3 +61,16 @@ class Drawn(Dataset[Any]):
     @transform.setter
     def transform(self, transform: Any) -> None:
         self.dataset.transform = transform
+
+
+def _read(dataset: Any, index: int) -> Any:
+    """An image and its class; timm's own data set would put the next image in the place of one that cannot be read."""
+    if not isinstance(dataset, ImageDataset):
+        return dataset[index]
+    stream, target, *_ = dataset.reader[index]
+    image = stream.read() if dataset.load_bytes else Image.open(stream)
+    if dataset.input_img_mode and not dataset.load_bytes:
+        image = image.convert(dataset.input_img_mode)
+    if target is not None and dataset.target_transform is not None:
+        target = dataset.target_transform(target)
+    return image if dataset.transform is None else dataset.transform(image), -1 if target is None else target

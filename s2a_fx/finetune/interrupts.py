@@ -1,6 +1,5 @@
 """Ctrl-C and SIGTERM that lose nothing."""
 
-import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -41,8 +40,3 @@ def interrupts() -> Iterator[Interrupts]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def stand_apart(worker: int) -> None:
-    """Put a process that loads images into a group of its own: what asks the run to stop is sent to the run's whole group."""
-    os.setpgrp()

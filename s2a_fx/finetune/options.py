@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from s2a_fx.errors import InputError
+from s2a_fx.finetune.workers import check_workers
 from s2a_fx.recipes import GraphPass, recipe_called, resolve, spelled
 
 AMP = ("bfloat16", "float16")
@@ -121,6 +122,7 @@ class FinetuneOptions:
         ):
             if getattr(self, name) < least:
                 raise InputError(f"{name}: got {getattr(self, name)}, wanted {least} or more.")
+        check_workers(self.workers)
         if self.seed >= 2**32:
             raise InputError(f"seed: got {self.seed}, wanted less than {2**32}: NumPy takes no larger one.")
         for option in fields(self):

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 
 from s2a_fx.errors import AdapterError
-from s2a_fx.whole_file import own_part, written_whole
+from s2a_fx.whole_file import write_file
 
 FORMAT = "s2a_fx.task"
 VERSION = "1"
@@ -40,11 +40,9 @@ def write(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, torch.T
     said = {"format": FORMAT, "version": VERSION, **metadata}
     data = safetensors.torch.save(dict(tensors), {**said, "digest": _digest(said, tensors)})
     try:
-        path = path.resolve()  # through a link, what it names is written
         if path.exists() and not path.is_file():
             raise ValueError("it is there, and no file")
-        with written_whole(path, own_part(path)) as file:
-            file.write(data)
+        write_file(path, data)
     except (OSError, RuntimeError, ValueError) as error:  # a RuntimeError: links in a circle
         raise AdapterError(
             f"{path}: cannot be written: {_reason(error)}; name a file in a folder that you can write to."

@@ -1,6 +1,8 @@
 """What images a run is shown, and what classes it takes them for."""
 
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from PIL import Image
 from timm.data import create_transform
 
 import s2a_fx.finetune.data as data
-from s2a_fx.errors import InputError
+from s2a_fx.errors import InputError, UnreadableImage
 from s2a_fx.finetune import finetune
 from s2a_fx.finetune.data import make_loader, open_data
 from s2a_fx.finetune.distributed import Processes
@@ -47,6 +49,31 @@ def test_images_are_shown_as_timm_s_settings_of_the_model_have_them(colours, tmp
     wide = Image.effect_noise((90, 60), 100).convert("RGB")
     wanted = create_transform(**config, use_prefetcher=True)(wide)
     assert (_loaders(options)[1].dataset.transform(wide) == wanted).all()
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_what_is_no_image_file_is_refused_before_the_run(kind, split, tmp_path):
+    folder = write_colours(tmp_path / "data", 2, 1)
+    strange = folder / split / "red" / "0.png"
+    strange.unlink()
+    if kind == "link":
+        strange.symlink_to("nowhere.png")
+    else:
+        os.mkfifo(strange)
+    with pytest.raises(InputError, match=rf"{split}/red/0.png: is (a link that leads nowhere|no plain file)"):
+        open_data(small_run(folder, tmp_path / "run"), Processes())
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_no_image_stands_for_one_that_is_gone(index, tmp_path):
+    """timm's data set reads the next image in the place of one that it cannot open."""
+    found = open_data(small_run(write_colours(tmp_path / "data", 2, 1), tmp_path / "run"), Processes())
+    for data_set in (found.train, found.val):
+        gone = Path(data_set.dataset.filename(index, absolute=True))
+        gone.unlink()
+        with pytest.raises(UnreadableImage, match=gone.name):
+            data_set[index]
 
 
 @pytest.mark.parametrize("place", ["train/0.png", "train/red/day/0.png", "val/0.png"])

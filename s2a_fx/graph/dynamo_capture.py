@@ -3,212 +3,313 @@
 Dynamo's graph takes parameters and buffers as arguments and calls functions. It becomes a flat captured graph:
 
     Dynamo                                            here
+    a call of `_run_leaf`                             call_module of a layer, the same layers that torch.fx leaves whole
     placeholder of a parameter or buffer              get_attr of the model's own path
-    the functions that a layer of torch.nn calls      call_module of the layer
     set_grad_enabled, enter_autocast, exit_autocast   scopes of the nodes between
     tag_activation_checkpoint(body, x)                the nodes of the body, in a checkpoint scope
     a symbolic size                                   x.size(0)
+    MyFunction.apply(x)                               call_module of an `ApplyFunction`
 """
 
+import contextvars
 import copy
+import functools
 import itertools
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
 
 from s2a_fx.errors import TraceError
 from s2a_fx.graph import torch_internals
-from s2a_fx.graph.fake import fake_tensor
-from s2a_fx.graph.fx_capture import THROUGH, Captured
+from s2a_fx.graph.autograd_function import ApplyFunction
+from s2a_fx.graph.edit import free_path, snake_case
+from s2a_fx.graph.fake import fake_mode, fake_tensor
+from s2a_fx.graph.fx_capture import Captured, is_leaf, is_same_constant
 from s2a_fx.graph.inputs import Signature, Structure
 from s2a_fx.graph.provenance import module_stack, plain_path
 from s2a_fx.graph.regions import SCOPES, Scope
+from s2a_fx.graph.torch_internals import DynamoGraph, Marker
+
+_LEAVES: contextvars.ContextVar[Sequence[nn.Module]] = contextvars.ContextVar("leaves")
 
 
 def capture_by_dynamo(model: nn.Module, signature: Signature, inputs: Sequence[torch.Tensor]) -> Captured:
     """Capture `model` in the mode in which it stands.
 
     Args:
-        model: its modules become those of the graph.
+        model: a private copy; its modules become those of the graph.
         signature: how the model is called.
         inputs: the example's tensors.
 
     Raises:
-        TraceError: Dynamo cannot follow the model as one graph.
+        TraceError: Dynamo cannot follow the model as one graph; names the module and the line.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    tensors = dict([*model.named_parameters(), *model.named_buffers()])
-    memo: dict[int, Any] = {id(t): fake_tensor(t, mode) for t in tensors.values()}
+    mode = fake_mode()
+    fakes = _FakeCopy(model, mode)
     leaves = [fake_tensor(t, mode) for t in inputs]
-    paths = {id(memo[id(t)]): path for path, t in tensors.items()}
     args, kwargs = signature.arguments(leaves)
-    with mode:
-        try:
-            found = torch_internals.dynamo_graph(copy.deepcopy(model, memo), args, kwargs, leaves)
-        except Exception as error:
-            raise TraceError(torch_internals.dynamo_refusal(error)) from error
-    results, spec = Structure.of(found.result)
-    graph = _Rebuilder(model, found, paths, {id(t): i for i, t in enumerate(leaves)}, signature.names).build(results)
-    return Captured(graph, spec)
+    token = _LEAVES.set(fakes.leaves)
+    try:
+        with mode:
+            found = torch_internals.dynamo_graph(fakes.model, args, kwargs, leaves, _run_leaf)
+    except Exception as error:
+        raise TraceError(_refusal(model, error)) from error
+    finally:
+        _LEAVES.reset(token)
+    results, structure = Structure.of(found.result(args, kwargs))
+    larger = [_with_larger_batch(leaf, mode) for leaf in leaves]
+    others = Structure.of(found.result(*signature.arguments(larger)))[0]
+    graph = _Rebuilder(model, fakes, found, leaves, signature.names).build(results, others)
+    return Captured(graph, structure)
+
+
+def _with_larger_batch(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
+    return fake_tensor(tensor, mode, len(tensor) + 1) if tensor.ndim else tensor
+
+
+class _FakeCopy:
+    """A copy of a model on fake tensors, for Dynamo: a layer that stays whole calls `_run_leaf`.
+
+    Attributes:
+        model: the copy.
+        leaves: the original layers, in the order of the numbers that `_run_leaf` is called with.
+        leaf_paths: their paths.
+        originals: id of a tensor of the copy -> the model's own tensor.
+    """
+
+    def __init__(self, model: nn.Module, mode: FakeTensorMode) -> None:
+        memo = _fake_tensors(model, mode)
+        self.originals = {id(memo[id(t)]): t for t in _tensors(model)}
+        self.model = copy.deepcopy(model, memo)
+        self.alive = list(memo.values())  # a tensor that dies would give its id to another
+        found = [(path, m) for path, m in model.named_modules() if path and is_leaf(m)]
+        self.leaf_paths = [path for path, _ in found]
+        self.leaves = [module for _, module in found]
+        for index, path in enumerate(self.leaf_paths):
+            leaf = self.model.get_submodule(path)
+            torch_internals.remove_hooks(leaf)  # they run when the graph calls the layer
+            leaf.__dict__["forward"] = functools.partial(_run_leaf, index)
+
+
+def _tensors(module: nn.Module) -> list[torch.Tensor]:
+    """The tensors of a module and of those inside it: parameters, buffers, and what plain attributes hold."""
+    plain = [leaf for m in module.modules() for leaf in tree_leaves(_plain_attributes(m)) if isinstance(leaf, torch.Tensor)]
+    return [*module.parameters(), *module.buffers(), *plain]
+
+
+def _plain_attributes(module: nn.Module) -> dict[str, Any]:
+    return {name: value for name, value in vars(module).items() if isinstance(value, torch.Tensor | list | tuple | dict)}
+
+
+def _fake_tensors(module: nn.Module, mode: FakeTensorMode) -> dict[int, Any]:
+    """What deepcopy is to put in the place of each tensor."""
+    return {id(t): fake_tensor(t, mode) for t in _tensors(module)}
+
+
+def _run_leaf(index: int, *args: Any, **kwargs: Any) -> Any:
+    """What a layer computes; Dynamo writes this call down, and does not look inside."""
+    leaf, mode = _LEAVES.get()[index], torch_internals.present_fake_mode()
+    return copy.deepcopy(leaf, _fake_tensors(leaf, mode))(*args, **kwargs)
+
+
+def _refusal(model: nn.Module, error: Exception) -> str:
+    """The module and the source line in which Dynamo stopped, and why."""
+    reason, stack = torch_internals.dynamo_refusal(error)
+    if not stack:
+        return f"the model itself ({type(model).__name__}): Dynamo cannot follow it ({reason})"
+    found = [("", model)]
+    for frame in stack:
+        inside = [(f"{path}.{name}".strip("."), m) for path, owner in found for name, m in owner.named_modules()]
+        found = [(path, m) for path, m in inside if _runs(m, frame.filename, frame.lineno)] or found
+    path, module = found[0]
+    place = f"{path or 'the model itself'} ({type(module).__name__}), line {stack[-1].lineno} of {stack[-1].filename}"
+    return f"{place}: Dynamo cannot follow it ({reason})"
+
+
+def _runs(module: nn.Module, filename: str, line: int | None) -> bool:
+    """Whether a source line is in a module's forward."""
+    code = getattr(module.forward, "__code__", None)
+    if code is None or line is None or code.co_filename != filename:
+        return False
+    return code.co_firstlineno <= line <= max(end for *_, end in code.co_lines() if end is not None)
 
 
 class _Rebuilder:
-    """Copies Dynamo's graph, node by node, into one over the model's own attributes."""
+    """Copies Dynamo's graph, node by node, into one over the model's own modules and tensors."""
 
     def __init__(
         self,
         model: nn.Module,
-        found: "torch_internals.DynamoGraph",
-        paths: dict[int, str],
-        leaves: dict[int, int],
+        fakes: _FakeCopy,
+        found: DynamoGraph,
+        leaves: Sequence[torch.Tensor],
         names: Sequence[str],
     ) -> None:
-        self.model, self.found, self.paths, self.leaves = model, found, paths, leaves
+        self.model, self.fakes, self.found = model, fakes, found
+        self.paths = {id(t): path for path, t in [*model.named_parameters(), *model.named_buffers()]}
+        self.fakes_of_inputs = leaves
+        self.leaves = {id(t): index for index, t in enumerate(leaves)}
         self.graph = fx.Graph()
         self.inputs = [self.graph.placeholder(name) for name in names]
         self.reads: dict[str, fx.Node] = {}
         self.idents = itertools.count()
 
-    def build(self, results: Sequence[Any]) -> fx.Graph:
-        values: dict[fx.Node, Any] = {}
-        placeholders = self.found.graph_module.graph.find_nodes(op="placeholder")
-        for node, argument in zip(placeholders, self.found.arguments, strict=True):
-            values[node] = self._argument(node, argument)
-        outputs: Any = self._copy(self.found.graph_module, values, ())
-        made = dict(zip(map(id, self.found.markers), outputs, strict=True))
-        self.graph.output(tuple(self._result(made, value) for value in results))
-        self._call_layers()
+    def build(self, results: Sequence[Any], others: Sequence[Any]) -> fx.Graph:
+        """The graph, which returns `results`, and for another batch size `others`."""
+        source = self.found.graph_module
+        placeholders = source.graph.find_nodes(op="placeholder")
+        arguments = zip(placeholders, self.found.arguments, strict=True)
+        values = {node: self._argument(node, argument) for node, argument in arguments}
+        outputs = self._copy(source, values, ())
+        self.graph.output(tuple(self._result(outputs, *pair) for pair in zip(results, others, strict=True)))
         return self.graph
 
     def _argument(self, node: fx.Node, argument: Any) -> Any:
-        if isinstance(argument, torch.Tensor):
-            if id(argument) in self.leaves:
-                return self.inputs[self.leaves[id(argument)]]
-            if id(argument) in self.paths:
-                return self._read(self.paths[id(argument)])
-            return self._read(self._constant(argument))
-        return self._size(node.meta["example_value"])
+        if not isinstance(argument, torch.Tensor):
+            return self._size(node, node.meta["example_value"])
+        if id(argument) in self.leaves:
+            return self.inputs[self.leaves[id(argument)]]
+        if torch_internals.is_random_number(node):
+            raise TraceError(f"{self._place(next(iter(node.users)))}: draws with Python's random; draw with torch.rand(()).")
+        return self._read(self.fakes.originals.get(id(argument), argument))
 
-    def _read(self, path: str) -> fx.Node:
+    def _read(self, tensor: torch.Tensor) -> fx.Node:
+        """The node that reads one of the model's tensors, or a constant."""
+        path = self.paths.get(id(tensor)) or self._constant(tensor)
         if path not in self.reads:
-            self.reads[path] = self.graph.get_attr(path)
+            with self.graph.inserting_after((self.inputs or [self.graph._root])[-1]):
+                self.reads[path] = self.graph.get_attr(path)
         return self.reads[path]
 
     def _constant(self, tensor: torch.Tensor) -> str:
-        """The path of a tensor that is neither input, parameter nor buffer of the model."""
+        """The path of a tensor that is neither parameter nor buffer; equal constants of the captures of both modes are one."""
         for path, module in self.model.named_modules():
             for name, value in vars(module).items():
-                if value is tensor:
+                if value is tensor or (not path and isinstance(value, torch.Tensor) and is_same_constant(value, tensor)):
                     return f"{path}.{name}".lstrip(".")
-        raise TraceError(
-            f"the model reads a tensor of shape {tuple(tensor.shape)} that is no attribute of a module; register it as a buffer."
-        )
+        index = next(i for i in itertools.count() if not hasattr(self.model, f"_tensor_constant{i}"))
+        setattr(self.model, f"_tensor_constant{index}", tensor)
+        return f"_tensor_constant{index}"
 
-    def _size(self, symbol: torch.SymInt) -> fx.Node:
+    def _size(self, node: fx.Node, symbol: torch.SymInt) -> fx.Node:
         """Read a symbolic size from the input that has it."""
         placeholders = self.found.graph_module.graph.find_nodes(op="placeholder")
-        for node, argument in zip(placeholders, self.found.arguments, strict=True):
-            shape = node.meta["example_value"].shape if isinstance(argument, torch.Tensor) else ()
+        for other, argument in zip(placeholders, self.found.arguments, strict=True):
+            shape = other.meta["example_value"].shape if id(argument) in self.leaves else ()
             for dimension, size in enumerate(shape):
-                if isinstance(size, torch.SymInt) and torch_internals.is_same_symbol(size, symbol) and id(argument) in self.leaves:
+                if isinstance(size, torch.SymInt) and torch_internals.is_same_symbol(size, symbol):
                     return self.graph.call_method("size", (self.inputs[self.leaves[id(argument)]], dimension))
-        raise TraceError("the model computes with a number that is no size of an input; pass it as a constant.")
+        place = self._place(next(iter(node.users)))
+        raise TraceError(f"{place}: computes with a number that is no size of an input; pass it as a constant.")
 
-    def _copy(self, source: fx.GraphModule, values: dict[fx.Node, Any], around: tuple[Scope, ...]) -> Any:
+    def _place(self, node: fx.Node) -> str:
+        """The module and the source line of a node of Dynamo's."""
+        path = next((p for p, _ in reversed(_plain_stack(node))), "")
+        module = self.model.get_submodule(path)
+        lines = torch_internals.source_lines(node)
+        line = f", line {lines[-1].lineno} of {lines[-1].filename}" if lines else ""
+        return f"{path or 'the model itself'} ({type(module).__name__}){line}"
+
+    def _copy(self, source: fx.GraphModule, values: dict[fx.Node, Any], around: tuple[Scope, ...]) -> tuple[Any, ...]:
         """Copy the nodes of a graph in which `values` stand for the placeholders; returns what stands for its results."""
         contexts: list[tuple[fx.Node | None, Scope]] = []  # what entered a scope, and the scope
         for node in source.graph.nodes:
+            scopes = (*around, *(scope for _, scope in contexts))
             if node.op == "placeholder":
                 continue
             if node.op == "output":
-                return fx.node.map_arg(node.args[0], values.__getitem__)
+                results: Any = fx.node.map_arg(node.args[0], values.__getitem__)
+                return tuple(results) if isinstance(results, tuple | list) else (results,)
             if torch_internals.changes_context(node):
                 self._change_context(node, contexts)
             elif torch_internals.is_checkpoint(node):
-                values[node] = self._copy_checkpoint(source, node, values, (*around, *(scope for _, scope in contexts)))
-            elif node.op == "get_attr" and isinstance(attribute := getattr(source, str(node.target), None), fx.GraphModule):
-                values[node] = attribute  # the body of a checkpoint
+                values[node] = self._copy_checkpoint(node, values, scopes)
+            elif node.op == "get_attr":
+                values[node] = getattr(source, str(node.target))  # the body of a checkpoint
             elif node.op == "call_function" and node.target is operator.getitem and isinstance(values[node.args[0]], tuple):
                 values[node] = values[node.args[0]][node.args[1]]
-            elif node.op in ("call_function", "call_method"):
-                values[node] = self._copy_node(node, values, (*around, *(scope for _, scope in contexts)))
             else:
-                raise TraceError(f"Dynamo calls {node.target}, which a graph of modules and functions cannot hold.")
+                values[node] = self._copy_node(node, values, scopes)
         raise AssertionError("a graph ends in an output")
 
-    def _copy_node(self, node: fx.Node, values: dict[fx.Node, Any], scopes: tuple[Scope, ...]) -> fx.Node:
-        made = self.graph.node_copy(node, values.__getitem__)
-        stack = [(plain_path(path), kind) for path, kind in module_stack(node)]
-        made.meta = {SCOPES: scopes, "nn_module_stack": {path: (path, kind) for path, kind in stack if path}}
+    def _copy_node(self, node: fx.Node, values: Mapping[fx.Node, Any], scopes: tuple[Scope, ...]) -> fx.Node:
+        arguments: Any = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+        args, kwargs = arguments
+        op, target, stack = node.op, node.target, dict(_plain_stack(node))
+        if target is _run_leaf:
+            op, (index, *args) = "call_module", args
+            target, leaf = self.fakes.leaf_paths[index], self.fakes.leaves[index]
+            stack = {p: kind for p, kind in stack.items() if self.model.get_submodule(p) is not leaf} | {target: type(leaf)}
+        elif function := torch_internals.applied_function(node):
+            op, target = "call_module", self._function_module(function)
+            stack[target] = ApplyFunction
+        else:
+            self._check_call(node, args, kwargs)
+        made = self.graph.create_node(op, target, tuple(args), kwargs, node.name)  # type: ignore[arg-type]
+        made.meta = {SCOPES: scopes, "nn_module_stack": {path: (path, kind) for path, kind in stack.items()}}
         return made
+
+    def _check_call(self, node: fx.Node, args: Any, kwargs: Any) -> None:
+        """Raise if a node is more than a call that depends on its operands alone, or reads a value."""
+        if torch_internals.reads_value(node):
+            raise TraceError(f"{self._place(node)}: reads the value of a tensor, or makes a shape of it; rewrite it without.")
+        is_statement = "example_value" not in node.meta and node.target is not operator.setitem
+        if is_statement or any(isinstance(v, fx.GraphModule) for v in tree_leaves((args, kwargs))):
+            name = getattr(node.target, "__name__", node.target)
+            raise TraceError(f"{self._place(node)}: calls {name}, for which a graph has no node; rewrite it without.")
+
+    def _function_module(self, function: type[torch.autograd.Function]) -> str:
+        """The path of the module that applies a function."""
+        for path, module in self.model.named_children():
+            if isinstance(module, ApplyFunction) and module.function is function:
+                return path
+        path = free_path(self.model, "", snake_case(function))
+        self.model.add_module(path, ApplyFunction(function))
+        return path
 
     def _change_context(self, node: fx.Node, contexts: list[tuple[fx.Node | None, Scope]]) -> None:
         entered = torch_internals.entered_context(node)
-        if entered is None:  # autocast is left; the node says which one
+        if entered is None:  # a context is left; the node says which one
             contexts[:] = [context for context in contexts if context[0] is not node.args[0]]
-        elif entered[0] == "autocast":
-            contexts.append((node, Scope("autocast", next(self.idents), entered[1])))
-        else:
-            contexts[:] = [context for context in contexts if context[1].kind != "grad_mode"]
-            if not dict(entered[1])["enabled"]:
-                contexts.append((None, Scope("grad_mode", next(self.idents), entered[1])))
+            return
+        kind, options = entered
+        if node.target is not torch._C._set_grad_enabled:
+            contexts.append((node, Scope(kind, next(self.idents), options)))
+            return
+        contexts[:] = [context for context in contexts if context[0] is not None]
+        if not dict(options)["enabled"]:
+            contexts.append((None, Scope(kind, next(self.idents), options)))
 
-    def _copy_checkpoint(
-        self, source: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any], around: tuple[Scope, ...]
-    ) -> tuple[Any, ...]:
+    def _copy_checkpoint(self, node: fx.Node, values: Mapping[fx.Node, Any], around: tuple[Scope, ...]) -> tuple[Any, ...]:
         arguments: list[Any] = [values[arg] if isinstance(arg, fx.Node) else arg for arg in node.args]
         body, *operands = arguments
         scope = Scope("checkpoint", next(self.idents), torch_internals.checkpoint_options_of_node(node))
         inner = dict(zip(body.graph.find_nodes(op="placeholder"), operands, strict=True))
-        results = self._copy(body, inner, (*around, scope))
-        return results if isinstance(results, tuple) else tuple(results)
+        return self._copy(body, inner, (*around, scope))
 
-    def _result(self, made: dict[int, Any], value: Any) -> Any:
-        if id(value) in made:
-            return made[id(value)]
+    def _result(self, outputs: Sequence[Any], value: Any, other: Any) -> Any:
+        if isinstance(value, Marker):
+            return outputs[value.index]
         if isinstance(value, torch.Tensor):
-            return self._read(self.paths[id(value)]) if id(value) in self.paths else self.inputs[self.leaves[id(value)]]
-        return value
-
-    def _call_layers(self) -> None:
-        """Replace the functions that a plain layer of torch.nn calls by a call of the layer."""
-        for path, nodes in _layer_runs(self.graph, self.model):
-            inside = set(nodes)
-            read = list(dict.fromkeys(o for n in nodes for o in n.all_input_nodes if o not in inside and o.op != "get_attr"))
-            results = [n for n in nodes if any(user not in inside for user in n.users)]
-            if len(read) != 1 or len(results) != 1 or len({n.meta[SCOPES] for n in nodes}) != 1:
-                continue
-            with self.graph.inserting_before(nodes[0]):
-                call = self.graph.call_module(path, tuple(read))
-            call.meta = dict(results[0].meta)
-            results[0].replace_all_uses_with(call)
-            for node in reversed(nodes):
-                self.graph.erase_node(node)
-        for node in self.graph.find_nodes(op="get_attr"):
-            if not node.users:
-                self.graph.erase_node(node)
+            if id(value) in self.leaves:
+                return self.inputs[self.leaves[id(value)]]
+            return self._read(self.fakes.originals.get(id(value), value))
+        if type(value) is type(other) and value == other:
+            return value
+        for leaf, node in zip(self.fakes_of_inputs, self.inputs, strict=True):
+            if leaf.ndim and (value, other) == (len(leaf), len(leaf) + 1):
+                return self.graph.call_method("size", (node, 0))
+        raise TraceError(
+            f"the model itself ({type(self.model).__name__}): returns {value!r}, which depends on the batch size; return tensors."
+        )
 
 
-def _layer_runs(graph: fx.Graph, model: nn.Module) -> Iterator[tuple[str, list[fx.Node]]]:
-    """For each call of a plain layer of torch.nn without hooks, its path and its nodes."""
-    calls = [node for node in graph.nodes if node.op in ("call_function", "call_method")]
-
-    def key(node: fx.Node) -> tuple[str, ...]:
-        return tuple(node.meta["nn_module_stack"])
-
-    for stack, nodes in itertools.groupby(calls, key):
-        if stack and (path := stack[-1].split("@")[0]) and _is_plain_layer(model, path):
-            yield path, list(nodes)
-
-
-def _is_plain_layer(model: nn.Module, path: str) -> bool:
-    try:
-        module = model.get_submodule(path)
-    except AttributeError:
-        return False
-    plain = type(module).__module__.startswith("torch.nn.modules") and not isinstance(module, THROUGH)
-    return plain and next(module.children(), None) is None and not torch_internals.has_hooks(module)
+def _plain_stack(node: fx.Node) -> list[tuple[str, Any]]:
+    """The modules around a node of Dynamo's, as (path in the model, type), without the model itself."""
+    stack = [(plain_path(path), kind) for path, kind in module_stack(node)]
+    return [(path, kind) for path, kind in stack if path]

@@ -59,10 +59,10 @@ class Behaviour:
 def behaviour_of(module: nn.Module, inputs: Sequence[torch.Tensor], run: Callable[[], tuple[Sequence[Any], Any]]) -> Behaviour:
     """What `run` does, which calls the fake `module` on the fake `inputs` and returns the leaves and structure of the result."""
     recorder = _Recorder(module, inputs)
-    versions = {name: torch_internals.version_of(buffer) for name, buffer in module.named_buffers()}
+    before = {name: (buffer, torch_internals.version_of(buffer)) for name, buffer in module.named_buffers()}
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(recorder.pack, recorder.unpack), recorder:
         leaves, structure = run()
-    written = frozenset(name for name, b in module.named_buffers() if torch_internals.version_of(b) != versions.get(name))
+    written = frozenset(name for name, b in module.named_buffers() if _is_written(b, *before.get(name, (None, 0))))
     result = tuple((*_shape(v), v.requires_grad) if isinstance(v, torch.Tensor) else v for v in leaves)
     return Behaviour(tuple(recorder.calls), recorder.kept(), written, (structure, *result))
 
@@ -84,6 +84,11 @@ def difference(model: Behaviour, graph: Behaviour) -> tuple[str, int | None] | N
     if model.kept != graph.kept:
         return f"autograd keeps {sum(model.kept):,} bytes of the model, {sum(graph.kept):,} of the graph", None
     return None
+
+
+def _is_written(buffer: torch.Tensor, before: torch.Tensor | None, version: int) -> bool:
+    """Whether a buffer was written to in place, or is another tensor than before."""
+    return buffer is not before or torch_internals.version_of(buffer) != version
 
 
 def _listed(names: frozenset[str]) -> str:

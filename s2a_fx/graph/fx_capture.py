@@ -90,7 +90,6 @@ class ModelTracer(BufferTracer):
     def __init__(self, leaf_paths: frozenset[str]) -> None:
         super().__init__()
         self.leaf_paths = leaf_paths
-        self.leaf_types = set(get_notrace_modules())
         self.thread = threading.get_ident()
         self.autocasts: list[Scope] = []
         self.checkpoints: dict[FrameType, Scope] = {}
@@ -102,7 +101,7 @@ class ModelTracer(BufferTracer):
         """The graph of the model's forward, and the structure of its result."""
         self.root, self.root_module_name = model, type(model).__name__
         self.submodule_paths = {module: path for path, module in model.named_modules()}
-        self.tensor_attrs = dict(_plain_tensors(model))
+        self.tensor_attrs = dict(plain_tensors(model))
         self.tensor_paths = {id(t): path for path, t in [*model.named_parameters(), *model.named_buffers()]}
         self.graph = fx.Graph(tracer_cls=type(self))
         self.outermost = sys._getframe()
@@ -124,14 +123,7 @@ class ModelTracer(BufferTracer):
         return self.graph, spec
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return (
-            module_qualified_name in self.leaf_paths
-            or type(m) in self.leaf_types
-            or is_childless_switch(m)
-            or isinstance(m, nn.Linear)  # timm's thin subclass, which only spells out its autocast
-            or type(m).__module__.startswith("s2a_fx.")
-            or (type(m) not in THROUGH and super().is_leaf_module(m, module_qualified_name))
-        )
+        return module_qualified_name in self.leaf_paths or is_leaf(m)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if m not in (self.submodule_paths or {}):
@@ -367,7 +359,7 @@ def _holds_proxy(arguments: Any) -> bool:
     return tree_any(lambda leaf: isinstance(leaf, fx.Proxy), arguments)
 
 
-def _plain_tensors(model: nn.Module) -> Iterator[tuple[torch.Tensor, str]]:
+def plain_tensors(model: nn.Module) -> Iterator[tuple[torch.Tensor, str]]:
     """The tensors that modules hold as plain attributes, each with its path."""
     for path, module in model.named_modules():
         for name, value in vars(module).items():
@@ -380,6 +372,17 @@ def is_same_constant(a: torch.Tensor, b: torch.Tensor) -> bool:
     if (a.shape, a.dtype, a.device, a.stride()) != (b.shape, b.dtype, b.device, b.stride()):
         return False
     return a.device.type == "meta" or isinstance(a, FakeTensor) or torch.equal(a, b)
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Whether a module is one call, and not traced through."""
+    return (
+        type(module) in get_notrace_modules()
+        or is_childless_switch(module)
+        or isinstance(module, nn.Linear)  # timm's thin subclass, which only spells out its autocast
+        or type(module).__module__.startswith("s2a_fx.")
+        or (type(module) not in THROUGH and type(module).__module__.startswith(("torch.nn", "torch.ao.nn")))
+    )
 
 
 def is_childless_switch(module: nn.Module) -> bool:

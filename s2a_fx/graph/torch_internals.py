@@ -3,19 +3,25 @@
 Each has what it is used for. All were tried on torch 2.11 and 2.14.
 """
 
+import builtins
+import collections
 import contextlib
 import inspect
 import linecache
+import random
+import re
+import traceback
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import CodeType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.utils.checkpoint
 from torch import fx, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 # Capture: what the model does around its calls.
@@ -87,6 +93,17 @@ def has_backward_hooks(module: nn.Module) -> bool:
     return bool(module._backward_hooks or module._backward_pre_hooks)
 
 
+def remove_hooks(module: nn.Module) -> None:
+    """Remove all hooks of a module, forward and backward."""
+    for hooks in (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    ):
+        hooks.clear()
+
+
 # Tensors: identity, versions, and values that fake ones do not have.
 
 READS_VALUE = (DataDependentOutputException, DynamicOutputShapeException)
@@ -113,55 +130,146 @@ class DynamoGraph:
     Attributes:
         graph_module: its placeholders are the `arguments`.
         arguments: parameters, buffers, inputs and sizes that the graph was captured with.
-        result: what the forward returns, `markers` in the place of what the graph returns.
+        result: what the forward returns for args and kwargs, a `Marker` for each tensor that the graph returns.
     """
 
     graph_module: fx.GraphModule
     arguments: Sequence[Any]
-    result: Any
-    markers: Sequence[Any]
+    result: Callable[[Sequence[Any], dict[str, Any]], Any]
 
 
-def dynamo_graph(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], leaves: Sequence[torch.Tensor]) -> DynamoGraph:
-    """Capture the forward of `model`; the first dimension of each of `leaves` stays symbolic where the model lets it."""
-    from torch._dynamo.functional_export import dynamo_graph_capture_for_export
+class Marker:
+    """Stands for the tensor that a graph returns at an index; no dataclass, which would be a structure of its own."""
 
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+
+def dynamo_graph(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    leaves: Sequence[torch.Tensor],
+    run_leaf: Callable[..., Any],
+) -> DynamoGraph:
+    """Capture the forward of `model`; the first dimension of each of `leaves` stays symbolic where the model lets it.
+
+    Args:
+        run_leaf: a function that stays one node wherever the forward calls it.
+
+    Dynamo serves `torch.compile`, too, and keeps caches and statistics for the process. One capture runs at a time, while nothing
+    is compiled, and all of that is as before when it ends.
+    """
+    from torch._dynamo.convert_frame import compile_lock, fullgraph_capture
+
+    torch._dynamo.allow_in_graph(run_leaf)
     for leaf in leaves:
         if leaf.ndim and leaf.shape[0] > 1:
             torch._dynamo.maybe_mark_dynamic(leaf, 0)
-    gm = dynamo_graph_capture_for_export(model)(*args, **kwargs)
-    given = (*args, *kwargs.values())
-    outputs: Any = gm.graph.output_node().args[0]
-    markers = [_Marker() for _ in outputs]
-    return DynamoGraph(gm, gm._dynamo_bytecode_flatten(*given), gm._dynamo_bytecode_unflatten(tuple(markers), given), markers)
+    with compile_lock, _own_dynamo_state():
+        found = fullgraph_capture(model, tuple(args), kwargs)
+        if found.backend_input is None:
+            raise _NoGraph("it computes nothing")
+        code = _CodeAroundGraph(model, found)
+        code(args, kwargs)
+        return DynamoGraph(found.backend_input.graph_module, code.arguments, code)
 
 
-class _Marker:
-    """Stands for a tensor that a graph returns."""
+class _NoGraph(Exception):
+    """Dynamo found nothing to compute."""
 
 
-def dynamo_refusal(error: Exception) -> str:
-    """Why Dynamo could not follow a model, and the line of the model where it stopped."""
+@contextlib.contextmanager
+def _own_dynamo_state() -> Iterator[None]:
+    """Run Dynamo with options of its own, and leave what it keeps for the process as it was."""
+    from torch._dynamo import pgo, trace_rules, utils
+
+    options = {
+        "replay_side_effects": False,
+        "side_effect_replay_policy": "silent",
+        "automatic_dynamic_shapes": False,  # each capture stands alone: no number changes between two
+        "assume_static_by_default": True,
+        "specialize_int": True,
+        "capture_scalar_outputs": False,
+        "capture_dynamic_output_shape_ops": False,
+        "allow_rnn": True,
+    }
+    is_allowed = trace_rules.is_callable_allowed
+
+    def stays_one_node(obj: object) -> bool:
+        return is_allowed(obj) or (inspect.isclass(obj) and issubclass(obj, torch.autograd.Function))
+
+    trace_rules.is_callable_allowed = stays_one_node
+    sizes, pgo._CODE_STATE = pgo._CODE_STATE, collections.defaultdict(pgo.CodeState)
+    counters = {name: counter.copy() for name, counter in utils.counters.items()}
+    times = {name: len(values) for name, values in utils.compilation_time_metrics.items()}
+    try:
+        with torch._dynamo.config.patch(options), utils.get_metrics_context():
+            yield
+    finally:
+        trace_rules.is_callable_allowed = is_allowed
+        pgo._CODE_STATE = sizes
+        utils.counters.clear()
+        utils.counters.update(counters)
+        for name, values in list(utils.compilation_time_metrics.items()):
+            del values[times.get(name, 0) :]
+
+
+class _CodeAroundGraph:
+    """The code that Dynamo makes of a forward, around the call of the graph.
+
+    Attributes:
+        arguments: what it called the graph with.
+    """
+
+    def __init__(self, model: nn.Module, found: Any) -> None:
+        owner = torch._dynamo.convert_frame.get_traced_fn(model)[1]
+        self.owner = () if owner is None else (owner,)
+        self.markers = tuple(map(Marker, range(len(found.backend_input.graph_module.graph.output_node().args[0]))))
+        names = {**vars(builtins), **found.graph_capture_output.f_globals}
+        self.run = torch._dynamo.disable(found.forward_callable(compiled_fn=self._run_graph, extra_globals=names))
+
+    def _run_graph(self, *arguments: Any) -> tuple[Marker, ...]:
+        self.arguments = arguments
+        return self.markers
+
+    def __call__(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """What the forward returns, markers in the place of the graph's results."""
+        state = random.getstate()  # a model that draws with Python's random draws here
+        try:
+            with torch._C._DisableTorchDispatch():
+                return self.run(*self.owner, *args, **kwargs)
+        finally:
+            random.setstate(state)
+
+
+def dynamo_refusal(error: Exception) -> tuple[str, list[traceback.FrameSummary]]:
+    """Why Dynamo could not follow a model, and the stack of the model's code where it stopped."""
     reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).rstrip(".")
-    stack = getattr(error, "real_stack", None) or ()
-    frames = [frame for frame in stack if not frame.filename.startswith(torch.__path__[0])]
-    place = f"line {frames[-1].lineno} of {frames[-1].filename}: " if frames else ""
-    return f"{place}Dynamo cannot follow it ({reason})"
+    stack = [*(getattr(error, "real_stack", None) or ())]
+    return reason, [frame for frame in stack if not frame.filename.startswith(torch.__path__[0])]
 
 
 def changes_context(node: fx.Node) -> bool:
-    """Whether a node of Dynamo's switches the grad mode, or enters or leaves autocast."""
+    """Whether a node of Dynamo's switches the grad mode, or enters or leaves autocast or inference mode."""
     return node.target in (
         torch._C._set_grad_enabled,
         torch.amp.autocast_mode._enter_autocast,
         torch.amp.autocast_mode._exit_autocast,
+        torch.autograd.grad_mode._enter_inference_mode,
+        torch.autograd.grad_mode._exit_inference_mode,
     )
 
 
-def entered_context(node: fx.Node) -> tuple[str, tuple[tuple[str, Any], ...]] | None:
-    """The kind and options of the context that a node enters; None for one that leaves autocast."""
+def entered_context(node: fx.Node) -> tuple[Literal["grad_mode", "autocast"], tuple[tuple[str, Any], ...]] | None:
+    """The kind and options of the context that a node enters; None for one that leaves autocast or inference mode.
+
+    Inference mode is entered as `torch.no_grad()`: it computes the same, and autograd keeps the same.
+    """
     if node.target is torch._C._set_grad_enabled:
         return "grad_mode", (("enabled", node.args[0]),)
+    if node.target is torch.autograd.grad_mode._enter_inference_mode:
+        return "grad_mode", (("enabled", not node.args[0]),)
     if node.target is torch.amp.autocast_mode._enter_autocast:
         return "autocast", tuple(zip(("device_type", "dtype", "enabled", "cache_enabled"), node.args, strict=False))
     return None
@@ -178,6 +286,41 @@ def checkpoint_options_of_node(node: fx.Node) -> tuple[tuple[str, Any], ...]:
     if "_checkpoint_context_fn" in node.meta:
         options["context_fn"] = node.meta["_checkpoint_context_fn"]
     return tuple({**options, "use_reentrant": bool(node.kwargs.get("use_reentrant", False))}.items())
+
+
+def applied_function(node: fx.Node) -> type[torch.autograd.Function] | None:
+    """The function that a node of Dynamo's applies; None if it is another call."""
+    function = inspect.getclosurevars(node.target).nonlocals.get("fn_cls") if inspect.isfunction(node.target) else None
+    return function if inspect.isclass(function) and issubclass(function, torch.autograd.Function) else None
+
+
+def reads_value(node: fx.Node) -> bool:
+    """Whether a node of Dynamo's makes a number, or a shape, of the value of a tensor."""
+    return "unbacked_bindings" in node.meta
+
+
+def is_random_number(node: fx.Node) -> bool:
+    """Whether a placeholder of Dynamo's is a number that Python's `random` draws for each call."""
+    from torch._dynamo.source import RandomValueSource
+
+    source = getattr(node, "_dynamo_source", None)
+    while source is not None and not isinstance(source, RandomValueSource):
+        source = getattr(source, "base", None)
+    return source is not None
+
+
+def source_lines(node: fx.Node) -> list[traceback.FrameSummary]:
+    """The lines of the model's code that a node of Dynamo's comes from, the innermost last."""
+    found = re.findall(r'File "([^"]*)", line (\d+), in (\S*)', node.meta.get("stack_trace") or "")
+    lines = [traceback.FrameSummary(file, int(line), name, lookup_line=False) for file, line, name in found]
+    return [line for line in lines if not line.filename.startswith(torch.__path__[0])]
+
+
+def present_fake_mode() -> FakeTensorMode:
+    """The fake mode of the capture that is going on."""
+    mode = detect_fake_mode()
+    assert mode is not None
+    return mode
 
 
 def is_same_symbol(size: torch.SymInt, other: torch.SymInt) -> bool:

@@ -56,7 +56,7 @@ def capture_by_dynamo(model: nn.Module, signature: Signature, inputs: Sequence[t
     token = _LEAVES.set(fakes.leaves)
     try:
         with mode:
-            found = torch_internals.dynamo_graph(fakes.model, args, kwargs, leaves, _run_leaf)
+            found = _graph_of(fakes.model, args, kwargs, leaves)
     except Exception as error:
         raise TraceError(_refusal(model, error)) from error
     finally:
@@ -66,6 +66,19 @@ def capture_by_dynamo(model: nn.Module, signature: Signature, inputs: Sequence[t
     others = Structure.of(found.result(*signature.arguments(larger)))[0]
     graph = _Rebuilder(model, fakes, found, leaves, signature.names).build(results, others)
     return Captured(graph, structure)
+
+
+def _graph_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: Sequence[torch.Tensor]) -> DynamoGraph:
+    """Dynamo's graph of a fake model. What a first call alone does, such as to install hooks, it need not follow."""
+    try:
+        return torch_internals.dynamo_graph(model, args, kwargs, leaves, _run_leaf)
+    except Exception as refusal:
+        try:
+            with torch_internals.python_random_state():
+                model(*args, **kwargs)
+            return torch_internals.dynamo_graph(model, args, kwargs, leaves, _run_leaf)
+        except Exception:
+            raise refusal from None
 
 
 def _with_larger_batch(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
@@ -151,6 +164,7 @@ class _Rebuilder:
         names: Sequence[str],
     ) -> None:
         self.model, self.fakes, self.found = model, fakes, found
+        self.modules = {p: module for p, module in model.named_modules(remove_duplicate=False) if p}
         self.paths = {id(t): path for path, t in [*model.named_parameters(), *model.named_buffers()]}
         self.fakes_of_inputs = leaves
         self.leaves = {id(t): index for index, t in enumerate(leaves)}
@@ -188,6 +202,11 @@ class _Rebuilder:
 
     def _constant(self, tensor: torch.Tensor) -> str:
         """The path of a tensor that is neither parameter nor buffer; equal constants of the captures of both modes are one."""
+        if tensor.requires_grad:
+            raise TraceError(
+                f"the model itself ({type(self.model).__name__}): reads a tensor of shape {tuple(tensor.shape)} that needs a "
+                "gradient, and is no parameter of the model; assign it, or the module that holds it, to an attribute."
+            )
         for path, module in self.model.named_modules():
             for name, value in vars(module).items():
                 if value is tensor or (not path and isinstance(value, torch.Tensor) and is_same_constant(value, tensor)):
@@ -207,9 +226,14 @@ class _Rebuilder:
         place = self._place(next(iter(node.users)))
         raise TraceError(f"{place}: computes with a number that is no size of an input; pass it as a constant.")
 
+    def _stack(self, node: fx.Node) -> dict[str, Any]:
+        """The modules around a node of Dynamo's, outermost first: path in the model -> type."""
+        stack = {plain_path(torch_internals.of_self(path, self.found)): kind for path, kind in module_stack(node)}
+        return {path: kind for path, kind in stack.items() if path in self.modules}
+
     def _place(self, node: fx.Node) -> str:
         """The module and the source line of a node of Dynamo's."""
-        path = next((p for p, _ in reversed(_plain_stack(node))), "")
+        path = next(reversed(self._stack(node)), "")
         module = self.model.get_submodule(path)
         lines = torch_internals.source_lines(node)
         line = f", line {lines[-1].lineno} of {lines[-1].filename}" if lines else ""
@@ -240,11 +264,11 @@ class _Rebuilder:
     def _copy_node(self, node: fx.Node, values: Mapping[fx.Node, Any], scopes: tuple[Scope, ...]) -> fx.Node:
         arguments: Any = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
         args, kwargs = arguments
-        op, target, stack = node.op, node.target, dict(_plain_stack(node))
+        op, target, stack = node.op, node.target, self._stack(node)
         if target is _run_leaf:
             op, (index, *args) = "call_module", args
             target, leaf = self.fakes.leaf_paths[index], self.fakes.leaves[index]
-            stack = {p: kind for p, kind in stack.items() if self.model.get_submodule(p) is not leaf} | {target: type(leaf)}
+            stack = {p: kind for p, kind in stack.items() if self.modules[p] is not leaf} | {target: type(leaf)}
         elif function := torch_internals.applied_function(node):
             op, target = "call_module", self._function_module(function)
             stack[target] = ApplyFunction
@@ -307,9 +331,3 @@ class _Rebuilder:
         raise TraceError(
             f"the model itself ({type(self.model).__name__}): returns {value!r}, which depends on the batch size; return tensors."
         )
-
-
-def _plain_stack(node: fx.Node) -> list[tuple[str, Any]]:
-    """The modules around a node of Dynamo's, as (path in the model, type), without the model itself."""
-    stack = [(plain_path(path), kind) for path, kind in module_stack(node)]
-    return [(path, kind) for path, kind in stack if path]

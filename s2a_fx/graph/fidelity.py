@@ -131,6 +131,8 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        if func.namespace == "prim":  # asks for the device of a tensor, and computes nothing
+            return result
         reads = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         returns = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
         if torch.Tag.nondeterministic_seeded in func.tags or any(storage_key(t) in self.dependent for t in reads):

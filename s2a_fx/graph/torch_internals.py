@@ -10,6 +10,7 @@ import inspect
 import linecache
 import random
 import re
+import threading
 import traceback
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -131,11 +132,13 @@ class DynamoGraph:
         graph_module: its placeholders are the `arguments`.
         arguments: parameters, buffers, inputs and sizes that the graph was captured with.
         result: what the forward returns for args and kwargs, a `Marker` for each tensor that the graph returns.
+        self_name: the name of the model in its own forward.
     """
 
     graph_module: fx.GraphModule
     arguments: Sequence[Any]
     result: Callable[[Sequence[Any], dict[str, Any]], Any]
+    self_name: str
 
 
 class Marker:
@@ -170,9 +173,20 @@ def dynamo_graph(
         found = fullgraph_capture(model, tuple(args), kwargs)
         if found.backend_input is None:
             raise _NoGraph("it computes nothing")
+        found.backend_input.fake_mode.shape_env.tracked_fakes.clear()  # a cycle through C++, which is never freed
         code = _CodeAroundGraph(model, found)
         code(args, kwargs)
-        return DynamoGraph(found.backend_input.graph_module, code.arguments, code)
+        return DynamoGraph(found.backend_input.graph_module, code.arguments, code, code.self_name)
+
+
+@contextlib.contextmanager
+def python_random_state() -> Iterator[None]:
+    """Leave Python's random state as it was."""
+    state = random.getstate()
+    try:
+        yield
+    finally:
+        random.setstate(state)
 
 
 class _NoGraph(Exception):
@@ -183,6 +197,14 @@ class _NoGraph(Exception):
 def _own_dynamo_state() -> Iterator[None]:
     """Run Dynamo with options of its own, and leave what it keeps for the process as it was."""
     from torch._dynamo import pgo, trace_rules, utils
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    cleanups: list[Callable[[], None]] = []
+    create_cleanup = utils.CleanupHook.create
+
+    def create_and_note(*args: Any, **kwargs: Any) -> Any:
+        cleanups.append(create_cleanup(*args, **kwargs))
+        return cleanups[-1]
 
     options = {
         "replay_side_effects": False,
@@ -200,13 +222,20 @@ def _own_dynamo_state() -> Iterator[None]:
         return is_allowed(obj) or (inspect.isclass(obj) and issubclass(obj, torch.autograd.Function))
 
     trace_rules.is_callable_allowed = stays_one_node
+    utils.CleanupHook.create = create_and_note  # type: ignore[method-assign]
     sizes, pgo._CODE_STATE = pgo._CODE_STATE, collections.defaultdict(pgo.CodeState)
     counters = {name: counter.copy() for name, counter in utils.counters.items()}
     times = {name: len(values) for name, values in utils.compilation_time_metrics.items()}
     try:
-        with torch._dynamo.config.patch(options), utils.get_metrics_context():
+        with torch._dynamo.config.patch(options), utils.get_metrics_context(), _without_source(), python_random_state():
             yield
     finally:
+        for remove_name in cleanups:  # from the globals of the model's source file
+            remove_name()
+        for method in vars(ShapeEnv).values():  # whose caches would keep the sizes of this capture, and all fake tensors
+            if hasattr(method, "cache_clear"):
+                method.cache_clear()
+        utils.CleanupHook.create = staticmethod(create_cleanup)  # type: ignore[method-assign]
         trace_rules.is_callable_allowed = is_allowed
         pgo._CODE_STATE = sizes
         utils.counters.clear()
@@ -223,8 +252,9 @@ class _CodeAroundGraph:
     """
 
     def __init__(self, model: nn.Module, found: Any) -> None:
-        owner = torch._dynamo.convert_frame.get_traced_fn(model)[1]
+        function, owner = torch._dynamo.convert_frame.get_traced_fn(model)
         self.owner = () if owner is None else (owner,)
+        self.self_name = "" if owner is None else function.__code__.co_varnames[0]
         self.markers = tuple(map(Marker, range(len(found.backend_input.graph_module.graph.output_node().args[0]))))
         names = {**vars(builtins), **found.graph_capture_output.f_globals}
         self.run = torch._dynamo.disable(found.forward_callable(compiled_fn=self._run_graph, extra_globals=names))
@@ -235,12 +265,8 @@ class _CodeAroundGraph:
 
     def __call__(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """What the forward returns, markers in the place of the graph's results."""
-        state = random.getstate()  # a model that draws with Python's random draws here
-        try:
-            with torch._C._DisableTorchDispatch():
-                return self.run(*self.owner, *args, **kwargs)
-        finally:
-            random.setstate(state)
+        with python_random_state(), torch._C._DisableTorchDispatch():
+            return self.run(*self.owner, *args, **kwargs)
 
 
 def dynamo_refusal(error: Exception) -> tuple[str, list[traceback.FrameSummary]]:
@@ -286,6 +312,11 @@ def checkpoint_options_of_node(node: fx.Node) -> tuple[tuple[str, Any], ...]:
     if "_checkpoint_context_fn" in node.meta:
         options["context_fn"] = node.meta["_checkpoint_context_fn"]
     return tuple({**options, "use_reentrant": bool(node.kwargs.get("use_reentrant", False))}.items())
+
+
+def of_self(path: str, found: DynamoGraph) -> str:
+    """A path of Dynamo's as it is where a forward calls its model `self`."""
+    return re.sub(rf"^L\['{found.self_name}'\]", "L['self']", path)
 
 
 def applied_function(node: fx.Node) -> type[torch.autograd.Function] | None:
@@ -342,6 +373,27 @@ def free_source_with(forward: Callable[..., Any]) -> None:
 def _forget_source(key: str) -> None:
     torch.fx.graph_module._loader.eval_cache.pop(key, None)
     linecache.cache.pop(key, None)
+
+
+@contextlib.contextmanager
+def _without_source() -> Iterator[None]:
+    """Forget the source code of the graph modules that this thread makes inside: nobody calls them."""
+    loader, thread, keys = torch.fx.graph_module._loader, threading.get_ident(), []
+    cache = loader.cache
+
+    def cache_and_note(*args: Any, **kwargs: Any) -> str:
+        key = cache(*args, **kwargs)
+        if threading.get_ident() == thread:
+            keys.append(key)
+        return key
+
+    loader.cache = cache_and_note  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        loader.cache = cache  # type: ignore[method-assign]
+        for key in keys:
+            _forget_source(key)
 
 
 def call_after_deepcopy(gm: fx.GraphModule, hook: Callable[[fx.GraphModule], None]) -> None:

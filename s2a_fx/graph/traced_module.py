@@ -54,7 +54,7 @@ class _Reference:
     @staticmethod
     def to(value: Any) -> Any:
         """`value` in a form that pickles."""
-        if isinstance(value, torch._ops.OpOverload):
+        if isinstance(value, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
             return _Reference("torch.ops", str(value))
         if inspect.isclass(value):
             return _Reference(value.__module__, value.__qualname__)

@@ -171,6 +171,8 @@ class _Rebuilder:
         self.graph = fx.Graph()
         self.inputs = [self.graph.placeholder(name) for name in names]
         self.reads: dict[str, fx.Node] = {}
+        self.symbols = self._symbols()
+        self.sizes: dict[tuple[int, int], fx.Node] = {}
         self.idents = itertools.count()
 
     def build(self, results: Sequence[Any], others: Sequence[Any]) -> fx.Graph:
@@ -185,7 +187,11 @@ class _Rebuilder:
 
     def _argument(self, node: fx.Node, argument: Any) -> Any:
         if not isinstance(argument, torch.Tensor):
-            return self._size(node, node.meta["example_value"])
+            size = self._size(node.meta["example_value"])
+            if size is None:
+                place = self._place(next(iter(node.users)))
+                raise TraceError(f"{place}: computes with a number that is no size of an input; pass it as a constant.")
+            return size
         if id(argument) in self.leaves:
             return self.inputs[self.leaves[id(argument)]]
         if torch_internals.is_random_number(node):
@@ -215,16 +221,30 @@ class _Rebuilder:
         setattr(self.model, f"_tensor_constant{index}", tensor)
         return f"_tensor_constant{index}"
 
-    def _size(self, node: fx.Node, symbol: torch.SymInt) -> fx.Node:
-        """Read a symbolic size from the input that has it."""
+    def _size(self, size: Any) -> Any:
+        """The size of an input, read from it, or the number; None for what is computed from sizes."""
+        if not isinstance(size, torch.SymInt):
+            return size
+        for key, symbol in self.symbols.items():
+            if torch_internals.is_same_symbol(size, symbol):
+                return self._read_size(*key)
+        return None
+
+    def _read_size(self, index: int, dimension: int) -> fx.Node:
+        if (index, dimension) not in self.sizes:
+            with self.graph.inserting_after(self.inputs[-1]):
+                self.sizes[index, dimension] = self.graph.call_method("size", (self.inputs[index], dimension))
+        return self.sizes[index, dimension]
+
+    def _symbols(self) -> dict[tuple[int, int], torch.SymInt]:
+        """The sizes of the inputs that may change, by the input's number and the dimension."""
         placeholders = self.found.graph_module.graph.find_nodes(op="placeholder")
-        for other, argument in zip(placeholders, self.found.arguments, strict=True):
-            shape = other.meta["example_value"].shape if id(argument) in self.leaves else ()
-            for dimension, size in enumerate(shape):
-                if isinstance(size, torch.SymInt) and torch_internals.is_same_symbol(size, symbol):
-                    return self.graph.call_method("size", (self.inputs[self.leaves[id(argument)]], dimension))
-        place = self._place(next(iter(node.users)))
-        raise TraceError(f"{place}: computes with a number that is no size of an input; pass it as a constant.")
+        found = {}
+        for node, argument in zip(placeholders, self.found.arguments, strict=True):
+            for dimension, size in enumerate(node.meta["example_value"].shape if id(argument) in self.leaves else ()):
+                if isinstance(size, torch.SymInt):
+                    found[self.leaves[id(argument)], dimension] = size
+        return found
 
     def _stack(self, node: fx.Node) -> dict[str, Any]:
         """The modules around a node of Dynamo's, outermost first: path in the model -> type."""
@@ -257,9 +277,19 @@ class _Rebuilder:
                 values[node] = getattr(source, str(node.target))  # the body of a checkpoint
             elif node.op == "call_function" and node.target is operator.getitem and isinstance(values[node.args[0]], tuple):
                 values[node] = values[node.args[0]][node.args[1]]
+            elif (sizes := self._known_sizes(node)) is not None:
+                values[node] = sizes
             else:
                 values[node] = self._copy_node(node, values, scopes)
         raise AssertionError("a graph ends in an output")
+
+    def _known_sizes(self, node: fx.Node) -> Any:
+        """What stands for a node that reads a shape, or a size, which an input has too; None for any other node."""
+        value = node.meta.get("example_value")
+        if isinstance(value, torch.Size):
+            sizes = tuple(map(self._size, value))
+            return None if None in sizes else sizes
+        return self._size(value) if isinstance(value, torch.SymInt | int) and not isinstance(value, bool) else None
 
     def _copy_node(self, node: fx.Node, values: Mapping[fx.Node, Any], scopes: tuple[Scope, ...]) -> fx.Node:
         arguments: Any = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
@@ -274,7 +304,8 @@ class _Rebuilder:
             stack[target] = ApplyFunction
         else:
             self._check_call(node, args, kwargs)
-        made = self.graph.create_node(op, target, tuple(args), kwargs, node.name)  # type: ignore[arg-type]
+        name = node.name if op == node.op else None  # torch.fx names the call of a module for its path
+        made = self.graph.create_node(op, target, tuple(args), kwargs, name)  # type: ignore[arg-type]
         made.meta = {SCOPES: scopes, "nn_module_stack": {path: (path, kind) for path, kind in stack.items()}}
         return made
 
@@ -327,7 +358,7 @@ class _Rebuilder:
             return value
         for leaf, node in zip(self.fakes_of_inputs, self.inputs, strict=True):
             if leaf.ndim and (value, other) == (len(leaf), len(leaf) + 1):
-                return self.graph.call_method("size", (node, 0))
+                return self._read_size(self.inputs.index(node), 0)
         raise TraceError(
             f"the model itself ({type(self.model).__name__}): returns {value!r}, which depends on the batch size; return tensors."
         )

@@ -7,8 +7,8 @@ Both run on equal fake inputs. The graph is faithful if both
 3. write to the same buffers;
 4. return the same structure of the same tensors.
 
-Only deterministic calls that read no input, parameter or buffer may be missing: their values are constants of the graph. An
-augmented assignment may be a plain operator (see `assignments.py`).
+Only deterministic calls that read no input, parameter or buffer may be missing: their values are constants of the graph. So may
+those whose results nobody reads: they are dead code. An augmented assignment may be a plain operator (see `assignments.py`).
 """
 
 import sys
@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 
 from s2a_fx.graph import torch_internals
 from s2a_fx.graph.torch_internals import storage_key
@@ -48,12 +49,22 @@ class AtenCall:
 
 @dataclass(frozen=True)
 class Behaviour:
-    """What a forward does; `kept` are the bytes of each storage that autograd keeps."""
+    """What a forward does.
+
+    Attributes:
+        dead: numbers of the calls whose results nobody reads.
+        kept: bytes of each storage that autograd keeps.
+    """
 
     calls: tuple[AtenCall, ...]
+    dead: frozenset[int]
     kept: tuple[int, ...]
     written: frozenset[str]
     result: tuple[Any, ...]
+
+    def live_calls(self) -> list[tuple[int, AtenCall]]:
+        """The calls whose results are read, or that act otherwise, each with its number."""
+        return [(index, call) for index, call in enumerate(self.calls) if index not in self.dead]
 
 
 def behaviour_of(module: nn.Module, inputs: Sequence[torch.Tensor], run: Callable[[], tuple[Sequence[Any], Any]]) -> Behaviour:
@@ -62,20 +73,23 @@ def behaviour_of(module: nn.Module, inputs: Sequence[torch.Tensor], run: Callabl
     before = {name: (buffer, torch_internals.version_of(buffer)) for name, buffer in module.named_buffers()}
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(recorder.pack, recorder.unpack), recorder:
         leaves, structure = run()
+    recorder.note_reads(leaves)
     written = frozenset(name for name, b in module.named_buffers() if _is_written(b, *before.get(name, (None, 0))))
     result = tuple((*_shape(v), v.requires_grad) if isinstance(v, torch.Tensor) else v for v in leaves)
-    return Behaviour(tuple(recorder.calls), recorder.kept(), written, (structure, *result))
+    return Behaviour(tuple(recorder.calls), recorder.dead_calls(), recorder.kept(), written, (structure, *result))
 
 
 def difference(model: Behaviour, graph: Behaviour) -> tuple[str, int | None] | None:
     """In what a graph differs from its model, and at which of the model's calls; None if it is faithful."""
-    for index, call in enumerate(model.calls):
-        if index >= len(graph.calls):
-            return f"the graph drops {call}", index
-        if call != graph.calls[index]:
-            return f"the model calls {call}, the graph {graph.calls[index]}", index
-    if len(graph.calls) > len(model.calls):
-        return f"the graph adds {graph.calls[len(model.calls)]}", None
+    ours, theirs = model.live_calls(), graph.live_calls()
+    for (index, call), (_, given) in zip(ours, theirs, strict=False):
+        if call != given:
+            return f"the model calls {call}, the graph {given}", index
+    if len(ours) > len(theirs):
+        index, call = ours[len(theirs)]
+        return f"the graph drops {call}", index
+    if len(theirs) > len(ours):
+        return f"the graph adds {theirs[len(ours)][1]}", None
     if model.written != graph.written:
         missing, added = (_listed(a - b) for a, b in ((model.written, graph.written), (graph.written, model.written)))
         return f"the model writes to {missing}, the graph to {added}", None
@@ -115,6 +129,8 @@ class _Recorder(TorchDispatchMode):
         self.own = {storage_key(t) for t in [*module.parameters(), *module.buffers()]}
         self.dependent = {*self.own, *map(storage_key, inputs)}  # storages whose values are no constants
         self.alive: list[Any] = []  # a storage that dies would give its key to another
+        self.makers: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensor -> number of the call that made it
+        self.readers: dict[int, set[int | None]] = {}  # that number -> those of the calls that read it; None for what must stay
         self.tokens: weakref.WeakSet[_Token] = weakref.WeakSet()
 
     def pack(self, tensor: torch.Tensor) -> _Token:
@@ -125,6 +141,20 @@ class _Recorder(TorchDispatchMode):
     def unpack(self, token: _Token) -> torch.Tensor:
         return token.tensor
 
+    def note_reads(self, values: Any, reader: int | None = None) -> None:
+        """Remember that the tensors in `values` are read: by a call that may be dead, or by the result or a call that acts."""
+        for leaf in tree_leaves(values):
+            if isinstance(leaf, torch.Tensor) and leaf in self.makers:
+                self.readers[self.makers[leaf]].add(reader)
+
+    def dead_calls(self) -> frozenset[int]:
+        """The calls that nobody reads but others of the kind."""
+        found: set[int] = set()
+        for call in sorted(self.readers, reverse=True):
+            if self.readers[call] <= found:
+                found.add(call)
+        return frozenset(found)
+
     def kept(self) -> tuple[int, ...]:
         found = {storage_key(t.tensor): t.tensor.untyped_storage().nbytes() for t in self.tokens}
         return tuple(sorted(size for key, size in found.items() if key not in self.own))
@@ -133,15 +163,21 @@ class _Recorder(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if func.namespace == "prim":  # asks for the device of a tensor, and computes nothing
             return result
+        draws = torch.Tag.nondeterministic_seeded in func.tags
+        acts = draws or func._schema.is_mutable
+        self.note_reads((args, kwargs), None if acts else len(self.calls))
         reads = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         returns = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-        if torch.Tag.nondeterministic_seeded in func.tags or any(storage_key(t) in self.dependent for t in reads):
+        if draws or any(storage_key(t) in self.dependent for t in reads):
             self.dependent.update(map(storage_key, (*returns, *(reads if func._schema.is_mutable else ()))))
             self.alive += [tensor.untyped_storage() for tensor in returns]
             autocast = tuple(map(torch.is_autocast_enabled, ("cpu", "cuda")))
             shapes = tuple(map(_shape, reads)), tuple(map(_shape, returns))
             name = _ASSIGNED.get(func._schema.name, func._schema.name)
             self.calls.append(AtenCall(name, *shapes, torch.is_grad_enabled(), autocast))
+            if not acts:
+                self.readers[len(self.calls) - 1] = set()
+                self.makers.update(dict.fromkeys(returns, len(self.calls) - 1))
         return result
 
 

@@ -173,7 +173,8 @@ def dynamo_graph(
         found = fullgraph_capture(model, tuple(args), kwargs)
         if found.backend_input is None:
             raise _NoGraph("it computes nothing")
-        found.backend_input.fake_mode.shape_env.tracked_fakes.clear()  # a cycle through C++, which is never freed
+        sizes: Any = found.backend_input.fake_mode.shape_env
+        sizes.tracked_fakes.clear()  # a cycle through C++, which is never freed
         code = _CodeAroundGraph(model, found)
         code(args, kwargs)
         return DynamoGraph(found.backend_input.graph_module, code.arguments, code, code.self_name)

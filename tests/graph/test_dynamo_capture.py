@@ -549,6 +549,33 @@ def test_a_parameter_that_no_module_registers_is_refused():
         flat_capture(model, X)
 
 
+# Both modes, held to the model
+
+
+@pytest.mark.parametrize("name", ["ViT", "Dinov2", "Segformer"])
+@pytest.mark.parametrize("checkpoints", [False, True])
+def test_hugging_face_is_traced_faithfully(name, checkpoints):
+    model = hugging_face(name)
+    if checkpoints:
+        model.gradient_checkpointing_enable()
+    gm = trace(model, {"pixel_values": IMAGES, "labels": LABELS})
+    for training in (True, False):
+        expected = step(model, functools.partial(model.train(training), pixel_values=IMAGES, labels=LABELS))[0]
+        found = step(gm, functools.partial(gm.train(training), pixel_values=IMAGES, labels=LABELS))[0]
+        assert_equal(expected, found)
+
+
+def test_dead_code_and_questions_about_devices_are_no_difference():
+    def function(self, x):
+        if x.is_cuda:  # not for torch.fx
+            raise ValueError
+        self.b(x)[:, 0].sum()
+        return self.a(x + torch.arange(8, device=x.device))
+
+    gm = trace(Model(function), X)
+    assert targets(gm) == ["a"]
+
+
 # The process
 
 

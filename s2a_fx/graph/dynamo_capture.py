@@ -69,16 +69,20 @@ def capture_by_dynamo(model: nn.Module, signature: Signature, inputs: Sequence[t
 
 
 def _graph_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: Sequence[torch.Tensor]) -> DynamoGraph:
-    """Dynamo's graph of a fake model. What a first call alone does, such as to install hooks, it need not follow."""
+    """Dynamo's graph of a fake model.
+
+    If Dynamo cannot follow the forward as Python runs it, it need not follow what a first call alone does, such as to install
+    hooks, and the forward may take the way that its author wrote for compilers.
+    """
     try:
-        return torch_internals.dynamo_graph(model, args, kwargs, leaves, _run_leaf)
+        return torch_internals.dynamo_graph(model, args, kwargs, leaves, _run_leaf, says_compiling=False)
     except Exception as refusal:
         try:
             with torch_internals.python_random_state():
                 model(*args, **kwargs)
-            return torch_internals.dynamo_graph(model, args, kwargs, leaves, _run_leaf)
         except Exception:
             raise refusal from None
+    return torch_internals.dynamo_graph(model, args, kwargs, leaves, _run_leaf, says_compiling=True)
 
 
 def _with_larger_batch(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:

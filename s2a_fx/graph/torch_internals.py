@@ -154,11 +154,13 @@ def dynamo_graph(
     kwargs: dict[str, Any],
     leaves: Sequence[torch.Tensor],
     run_leaf: Callable[..., Any],
+    says_compiling: bool,
 ) -> DynamoGraph:
     """Capture the forward of `model`; the first dimension of each of `leaves` stays symbolic where the model lets it.
 
     Args:
         run_leaf: a function that stays one node wherever the forward calls it.
+        says_compiling: what a model that asks `torch.compiler.is_compiling()` is told; alone in the process, it is told False.
 
     Dynamo serves `torch.compile`, too, and keeps caches and statistics for the process. One capture runs at a time, while nothing
     is compiled, and all of that is as before when it ends.
@@ -169,7 +171,7 @@ def dynamo_graph(
     for leaf in leaves:
         if leaf.ndim and leaf.shape[0] > 1:
             torch._dynamo.maybe_mark_dynamic(leaf, 0)
-    with compile_lock, _own_dynamo_state():
+    with compile_lock, _own_dynamo_state(), _answers(says_compiling):
         found = fullgraph_capture(model, tuple(args), kwargs)
         if found.backend_input is None:
             raise _NoGraph("it computes nothing")
@@ -178,6 +180,23 @@ def dynamo_graph(
         code = _CodeAroundGraph(model, found)
         code(args, kwargs)
         return DynamoGraph(found.backend_input.graph_module, code.arguments, code, code.self_name)
+
+
+@contextlib.contextmanager
+def _answers(says_compiling: bool) -> Iterator[None]:
+    """Let Dynamo take a model's questions about compilation for answered; nothing is exported."""
+    answers = torch._dynamo.variables.torch.tracing_state_functions()
+    own: dict[Any, bool | None] = {
+        torch.compiler.is_compiling: says_compiling,
+        torch.compiler.is_dynamo_compiling: says_compiling,
+        torch.compiler.is_exporting: False,  # torch 2.11 says True in every capture
+    }
+    before = {function: answers[function] for function in own}
+    answers.update(own)
+    try:
+        yield
+    finally:
+        answers.update(before)
 
 
 @contextlib.contextmanager

@@ -465,6 +465,12 @@ def test_a_model_that_fixes_its_batch_is_captured_for_it():
     check(Model(lambda self, x: self.a(x).reshape(4, 8) + (1 if x.shape[0] == 4 else 2)), X, batch=False)
 
 
+def test_a_model_that_asks_is_not_compiled():
+    gm = check(Model(lambda self, x: self.b(x) if torch.compiler.is_compiling() else self.a(x)), X)
+    assert targets(gm) == ["a"]
+    assert torch.compile(lambda x: x * 2 if torch.compiler.is_compiling() else x, backend="eager")(X).equal(X * 2)
+
+
 _GLOBAL = torch.arange(8.0)
 
 

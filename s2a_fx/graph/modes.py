@@ -12,7 +12,7 @@ Nodes that compute the same stay one node, which passes edit for both modes; the
 import difflib
 import operator
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import fx, nn
@@ -33,11 +33,12 @@ Pair = tuple[Any, Any]
 
 @dataclass(eq=False)
 class _Gap:
-    """Nodes of either mode between two nodes that both share; `values` are what the rest of the graph reads of them."""
+    """Nodes of either mode between nodes that both share, `beside` it; `values` are what the rest of the graph reads of them."""
 
     train: Sequence[fx.Node] = ()
     eval: Sequence[fx.Node] = ()
     values: list[Pair] = field(default_factory=list)
+    beside: Sequence[tuple[fx.Node, fx.Node]] = ()
 
 
 def align_modes(model: nn.Module, train: fx.Graph, evaluation: fx.Graph) -> fx.Graph:
@@ -83,7 +84,7 @@ class _Alignment:
         self.outputs = train.output_node(), evaluation.output_node()
         self.inputs = train.find_nodes(op="placeholder"), evaluation.find_nodes(op="placeholder")
         self.pieces = list(_pieces(train, evaluation))
-        self.scopes = _twin_scopes(self.pieces)
+        self.scopes = _scopes_of_both(self.pieces)
         _plan_values(self.pieces, _result_pairs(*self.outputs))
         self.graph = fx.Graph(tracer_cls=train._tracer_cls)
         self.values: tuple[dict[fx.Node, fx.Node], dict[fx.Node, fx.Node]] = ({}, {})  # of train and eval mode
@@ -119,7 +120,7 @@ class _Alignment:
             op, target = "call_module", free_path(self.model, "training_switches", a.name)
             add_module(self.model, target, TrainingSwitch(a.target, differences), like=owner_path(a))  # type: ignore[arg-type]
         node = self.graph.create_node(op, target, args, kwargs, a.name)
-        node.meta = {**a.meta, SCOPES: _merge_scopes(scopes_of(a), scopes_of(b))}
+        node.meta = {**a.meta, SCOPES: _join_scopes(self._scopes(a, 0), self._scopes(b, 1))}
         self.values[0][a] = self.values[1][b] = node
 
     def _join(self, pair: Pair, like: fx.Node) -> Any:
@@ -135,13 +136,13 @@ class _Alignment:
     def _add_gap(self, gap: _Gap, like: fx.Node) -> None:
         """Add a region whose two bodies are the gap's nodes in train mode and those in eval mode."""
         parts = gap.train, gap.eval
-        around = common_scopes([self._scopes(node, mode) for mode, part in enumerate(parts) for node in part] or [scopes_of(like)])
+        around = self._scopes(like, 0) if not any(parts) else _join_scopes(*(self._scopes_of_part(gap, mode) for mode in (0, 1)))
         read: dict[fx.Node, None] = {}
         for mode, part in enumerate(parts):
             own = set(part)
             wanted = [*(o for node in part for o in node.all_input_nodes), *(pair[mode] for pair in gap.values)]
             read |= dict.fromkeys(self._value(n, mode) for n in wanted if isinstance(n, fx.Node) and n not in own)
-        body, eval_body = (self._body(gap, mode, list(read), len(around)) for mode in (0, 1))
+        body, eval_body = (self._body(gap, mode, list(read), around) for mode in (0, 1))
         writes = any(has_effects(self.model, node) for part in parts for node in part)
         path = free_path(self.model, owner_path(like), "mode_region")
         add_module(self.model, path, ModeRegion(body, eval_body, writes), like=owner_path(like))
@@ -155,10 +156,15 @@ class _Alignment:
                 if pair[mode] in part:
                     self.values[mode].setdefault(pair[mode], value)
 
-    def _scopes(self, node: fx.Node, mode: int) -> tuple[Scope, ...]:
-        return scopes_of(node) if mode == 0 else tuple(self.scopes.get(scope, scope) for scope in scopes_of(node))
+    def _scopes_of_part(self, gap: _Gap, mode: int) -> tuple[Scope, ...]:
+        """The scopes around what one mode computes in a gap, or would if it computed anything."""
+        nodes = (gap.train, gap.eval)[mode] or [pair[mode] for pair in gap.beside]
+        return common_scopes([self._scopes(node, mode) for node in nodes]) if nodes else ()
 
-    def _body(self, gap: _Gap, mode: int, read: list[fx.Node], depth: int) -> fx.GraphModule:
+    def _scopes(self, node: fx.Node, mode: int) -> tuple[Scope, ...]:
+        return tuple(self.scopes[mode][scope] for scope in scopes_of(node))
+
+    def _body(self, gap: _Gap, mode: int, read: list[fx.Node], around: tuple[Scope, ...]) -> fx.GraphModule:
         """What one mode computes in a gap: from the nodes that are `read` to its values."""
         graph = fx.Graph()
         operands = {node: graph.placeholder(f"operand_{index}") for index, node in enumerate(read)}
@@ -169,7 +175,7 @@ class _Alignment:
 
         for node in (gap.train, gap.eval)[mode]:
             copies[node] = graph.node_copy(node, copy_of)
-            copies[node].meta = {**node.meta, SCOPES: self._scopes(node, mode)[depth:]}
+            copies[node].meta = {**node.meta, SCOPES: tuple(s for s in self._scopes(node, mode) if s not in around)}
         results = [pair[mode] for pair in gap.values]
         graph.output(tuple(copy_of(result) if isinstance(result, fx.Node) else result for result in results))
         body = TracedModule(self.model, graph, "Mode")
@@ -186,7 +192,8 @@ def _pieces(train: fx.Graph, evaluation: fx.Graph) -> Iterator[tuple[fx.Node, fx
     i = j = 0
     for start, other, size in matcher.get_matching_blocks():
         if start > i or other > j:
-            yield _Gap(ours[i:start], theirs[j:other])
+            beside = [(ours[k], theirs[m]) for k, m in ((i - 1, j - 1), (start, other)) if k >= 0 and m >= 0 and size]
+            yield _Gap(ours[i:start], theirs[j:other], beside=beside if len(beside) == 2 else ())
         yield from zip(ours[start : start + size], theirs[other : other + size], strict=True)
         i, j = start + size, other + size
 
@@ -254,21 +261,39 @@ def _plan_values(pieces: Sequence[tuple[fx.Node, fx.Node] | _Gap], results: Sequ
         gap.values[:] = {(id(x), id(y)): (x, y) for x, y in gap.values}.values()
 
 
-def _twin_scopes(pieces: Sequence[tuple[fx.Node, fx.Node] | _Gap]) -> dict[Scope, Scope]:
-    """Scope of eval mode -> the same context in train mode."""
-    twins: dict[Scope, Scope] = {}
+def _scopes_of_both(pieces: Sequence[tuple[fx.Node, fx.Node] | _Gap]) -> tuple[dict[Scope, Scope], dict[Scope, Scope]]:
+    """What stands for the scopes of train and of eval mode: a context of both is one; a checkpoint of one mode says of which."""
+    twins: dict[Scope, Scope] = {}  # scope of eval mode -> the same context in train mode
+    found: tuple[dict[Scope, None], dict[Scope, None]] = ({}, {})
     for piece in pieces:
+        parts = (piece.train, piece.eval) if isinstance(piece, _Gap) else ((piece[0],), (piece[1],))
+        for scopes, part in zip(found, parts, strict=True):
+            scopes.update(dict.fromkeys(scope for node in part for scope in scopes_of(node)))
         if not isinstance(piece, _Gap):
             ours, theirs = map(scopes_of, piece)
             if [s.kind for s in ours] == [s.kind for s in theirs]:
                 twins |= zip(theirs, ours, strict=True)
-    return twins
+    shared = set(twins.values())
+    train = {scope: scope if scope in shared else _of_mode(scope, "train") for scope in found[0]}
+    evaluation = {scope: twins[scope] if scope in twins else _of_mode(scope, "eval") for scope in found[1]}
+    return train, evaluation
 
 
-def _merge_scopes(ours: tuple[Scope, ...], theirs: tuple[Scope, ...]) -> tuple[Scope, ...]:
-    """The scopes of a node of both modes; a checkpoint that one mode lacks is for the other alone."""
-    counts = [sum(scope.kind == "checkpoint" for scope in scopes) for scopes in (ours, theirs)]
-    if counts[0] == counts[1]:
-        return ours
-    scopes, mode = (ours, "train") if counts[0] > counts[1] else (theirs, "eval")
-    return tuple(Scope(s.kind, s.ident, (*s.options, ("modes", (mode,)))) if s.kind == "checkpoint" else s for s in scopes)
+def _of_mode(scope: Scope, mode: str) -> Scope:
+    """A checkpoint that the model enters in one mode alone; any other scope as it is."""
+    return replace(scope, options=(*scope.options, ("modes", (mode,)))) if scope.kind == "checkpoint" else scope
+
+
+def _join_scopes(train: tuple[Scope, ...], evaluation: tuple[Scope, ...]) -> tuple[Scope, ...]:
+    """The scopes that begin both stacks, checkpoints of one mode included, which do nothing in the other."""
+    ours, theirs = list(train), list(evaluation)
+    joined: list[Scope] = []
+    while ours or theirs:
+        if ours and theirs and ours[0] == theirs[0]:
+            joined.append(ours.pop(0))
+            theirs.pop(0)
+        elif alone := next((stack for stack in (ours, theirs) if stack and "modes" in dict(stack[0].options)), None):
+            joined.append(alone.pop(0))
+        else:
+            break
+    return tuple(joined)

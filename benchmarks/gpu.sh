@@ -4,7 +4,7 @@
 #     OUT=somewhere PYTHON=python3 bash benchmarks/gpu.sh
 #
 # kernels   operators that keep codes against the plain ones, float32 and bfloat16
-# step      memory and time of every method at batch 32, float32 and bfloat16; predicted peaks beside max_memory_allocated
+# step      memory and time of seven methods at batch 32, float32 and bfloat16; predicted peaks beside max_memory_allocated
 # peak      predicted against measured alone, on more families
 #
 # Writes $OUT/gpu-*.json. A stage that runs out of its seconds leaves the models that it had done. Without a GPU it goes through the
@@ -32,12 +32,15 @@ stage() {
 
 if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     device=cuda
-    stage kernels-float32 60 kernels --batch-size 32
-    stage kernels-bfloat16 60 kernels --batch-size 32 --dtype bfloat16
-    base=(--models vit_base_patch16_224 convnext_base swin_base_patch4_window7_224 --batch-size 32 --rounds 5)
-    stage step-float32 190 step "${base[@]}"
-    stage step-bfloat16 160 step "${base[@]}" --dtype bfloat16
-    stage peak 80 step --rounds 0 --batch-size 8 --methods full linear bias s2a-paper s2a s2a-max \
+    # processes share the cores, each compiles for itself, and what one has compiled the next ones find in the cache
+    export OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1
+    methods=(--methods full bias bias+lrp+lsb bias+checkpoint peft-lora s2a s2a-max)
+    base=(--models vit_base_patch16_224 swin_base_patch4_window7_224 convnext_base --batch-size 32 --rounds 5 --jobs 12)
+    stage kernels-float32 80 kernels --batch-size 32
+    stage kernels-bfloat16 80 kernels --batch-size 32 --dtype bfloat16
+    stage step-float32 170 step "${base[@]}" "${methods[@]}"
+    stage step-bfloat16 150 step "${base[@]}" "${methods[@]}" --dtype bfloat16
+    stage peak 70 step --rounds 0 --batch-size 8 --jobs 12 --methods full linear bias s2a-paper s2a s2a-max \
         --models resnet50 efficientnet_b0 convnextv2_atto pvt_v2_b0 regnety_002 davit_tiny
 else
     device=cpu

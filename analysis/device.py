@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from s2a_fx.analysis.cpu_scratch import cpu_scratch
+from s2a_fx.analysis.cuda_scratch import cuda_scratch
 from s2a_fx.errors import InputError
 
 aten = torch.ops.aten
@@ -21,6 +22,10 @@ aten = torch.ops.aten
 
 def _no_scratch(func: Any, args: tuple[Any, ...], result: Any) -> int:
     return 0
+
+
+def _as_they_are(func: Any, result: Any) -> Any:
+    return result
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,7 @@ class DeviceModel:
         assumptions: what the model takes for granted, in words.
         functions: a context in which calls go to the kernels that the device would pick.
         scratch: (operator, its arguments, its result) -> bytes that the kernel allocates and frees inside.
+        results: (operator, its result on the CPU) -> its result on the device, where dtypes differ.
     """
 
     name: str
@@ -42,6 +48,7 @@ class DeviceModel:
     assumptions: tuple[str, ...]
     functions: Callable[[], AbstractContextManager[Any]]
     scratch: Callable[[Any, tuple[Any, ...], Any], int] = _no_scratch
+    results: Callable[[Any, Any], Any] = _as_they_are
 
     def allocated(self, nbytes: int) -> int:
         """Bytes that the allocator takes for a storage of `nbytes`."""
@@ -60,6 +67,14 @@ class _CudaKernels(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def _cuda_results(func: Any, result: Any) -> Any:
+    """Layer norm keeps mean and 1 / sigma in float32, whatever it normalizes; on the CPU in the dtype of its input."""
+    if func is aten.native_layer_norm.default:
+        y, *statistics = result
+        return y, *(t if t.dtype == torch.promote_types(t.dtype, torch.float32) else t.float() for t in statistics)
+    return result
+
+
 def _cuda_dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:  # noqa: A002
     return torch.native_dropout(input, p, True)[0] if training and p > 0 else input
 
@@ -74,7 +89,10 @@ def _cuda_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
-    """Flash for 16-bit inputs without a mask, memory-efficient where head sizes are aligned, the unfused product otherwise."""
+    """Flash for 16-bit inputs without a mask, memory-efficient where head sizes are aligned, the unfused product otherwise.
+
+    Hopper takes cuDNN's in the place of flash, which keeps the same but for a few bytes.
+    """
     options = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
     half = query.dtype in (torch.float16, torch.bfloat16)
     head = query.shape[-1]
@@ -116,11 +134,14 @@ CUDA = DeviceModel(
     granularity=512,
     foreach=True,
     assumptions=(
-        "CUDA: fused attention is flash (16-bit, no mask) or memory-efficient; it keeps q, k, v, its output and the logsumexp",
+        "CUDA: fused attention is flash or cuDNN's (16-bit) or memory-efficient; it keeps q, k, v, output and logsumexp",
         "CUDA: dropout keeps a bool mask; allocations are rounded up to 512 bytes; the optimizer runs in its foreach form",
+        "CUDA: the partial results of a sum over rows are counted by the rules in cuda_scratch.py, for an H100's processors",
         "CUDA: cuBLAS and cuDNN workspaces, fragmentation and the CUDA context (hundreds of MB) come on top",
     ),
     functions=_CudaKernels,
+    scratch=cuda_scratch,
+    results=_cuda_results,
 )
 
 

@@ -147,7 +147,7 @@ class Ledger(TorchDispatchMode):
         if lines is not None:  # run the op's own lines, so that their temporaries are seen
             with self:
                 return lines(*args, **(kwargs or {}))
-        result = func(*args, **(kwargs or {}))
+        result = self.device.results(func, func(*args, **(kwargs or {})))
         for tensor in tensors_in(result):
             self.index_of(tensor)
         scratch = self.device.scratch(func, args, result)

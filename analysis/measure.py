@@ -25,7 +25,7 @@ def measure_saved_bytes(model: nn.Module, inputs: Sequence[torch.Tensor]) -> int
     kept: WeakSet[_Kept] = WeakSet()
 
     def pack(tensor: torch.Tensor) -> _Kept:
-        token = _Kept(tensor)
+        token = _Kept(tensor.detach())  # a node's own output would keep its node, and the node the token: never freed
         kept.add(token)
         return token
 

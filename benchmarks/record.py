@@ -1,8 +1,13 @@
-"""Where a benchmark's figures go: JSON with date, device, versions and command."""
+"""Where a benchmark's figures go: JSON with date, device, versions and command.
+
+The commit is that of the checkout, or what `S2A_FX_COMMIT` says where there is no repository.
+"""
 
 import datetime
 import json
+import os
 import platform
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,13 +24,30 @@ def write(name: str, figures: Any, device: str = "cpu") -> Path:
     record = {
         "date": datetime.date.today().isoformat(),
         "device": torch.cuda.get_device_name() if device == "cuda" else _cpu(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "timm": timm.__version__,
+            "commit": commit(),
+        },
         "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "figures": figures,
     }
     RESULTS.mkdir(exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
     return path
+
+
+def commit() -> str | None:
+    """The commit that is measured, None where nothing tells."""
+    told = os.environ.get("S2A_FX_COMMIT")
+    if told:
+        return told
+    try:
+        asked = ["git", "-C", str(RESULTS.parent), "rev-parse", "HEAD"]
+        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def _cpu() -> str:

@@ -1,12 +1,13 @@
 """Whole training steps of every method side by side: what each keeps, peaks at, and costs in time.
 
     python benchmarks/step.py [--models ...] [--methods ...] [--batch-size 8] [--peak-batch-size 32] [--rounds 7]
-                              [--device cuda] [--dtype bfloat16] [--amp]
+                              [--device cuda] [--dtype bfloat16] [--amp] [--jobs 12]
 
 A step is forward, cross-entropy, backward, AdamW, `zero_grad(set_to_none=True)`.
 
-1. Memory: one method at a time, everything else freed; bytes held for the backward from saved-tensor hooks, the peak from the
-   allocator (its events on the CPU, `max_memory_allocated` on CUDA, where cuBLAS workspaces count too and are told apart).
+1. Memory: one method at a time in a process, everything else freed; bytes held for the backward from saved-tensor hooks, the peak
+   from the allocator: its events on the CPU, `max_memory_allocated` on CUDA less cuBLAS's workspaces, which are told apart.
+   `--jobs` processes measure at a time, before anything is timed.
 2. Time: all methods in one process, one after the other in every round, so that whatever slows the machine slows them alike; the
    median over the rounds of each method's time divided by that of `full`, and of `bias+checkpoint`, in the same round.
 
@@ -19,6 +20,8 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import record
 import timm
@@ -30,6 +33,7 @@ from torch import nn
 
 import s2a_fx
 from s2a_fx.analysis.measure import measure_peak_bytes, measure_saved_bytes
+from s2a_fx.fork_map import fork_map
 
 MODELS = ["vit_base_patch16_224", "swin_base_patch4_window7_224", "convnext_base", "resnet50"]
 WARM_UP = 2
@@ -50,7 +54,10 @@ class Setting:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes; `predicted` by s2a_fx.analyze, None where a method cannot be traced or runs under autocast."""
+    """Bytes; `predicted` by s2a_fx.analyze, None where a method cannot be traced or runs under autocast.
+
+    `workspace`: what cuBLAS's workspaces take, which `peak_measured` leaves out.
+    """
 
     trained_percent: float
     saved_predicted: int | None = None
@@ -94,7 +101,8 @@ def build(name: str, method: str, setting: Setting, batch_size: int) -> tuple[nn
     dtype = getattr(torch, setting.dtype)
     model = timm.create_model(name, num_classes=setting.classes).to(dtype).train()
     total = sum(p.numel() for p in model.parameters())
-    x = torch.randn(batch_size, *model.pretrained_cfg["input_size"]).to(dtype)
+    config: Any = model.pretrained_cfg
+    x = torch.randn(batch_size, *config["input_size"]).to(dtype)
     model = METHODS[method](model, x)
     return model, x, 100 * sum(p.numel() for p in model.parameters() if p.requires_grad) / total
 
@@ -125,7 +133,6 @@ def measure(name: str, method: str, setting: Setting, batch_size: int) -> Memory
     saved, peak = (report.saved_bytes, report.peak_bytes) if report else (None, None)
     del report
     gc.collect()
-    workspace = torch.cuda.memory_allocated() if setting.device == "cuda" else 0
     model, optimizer = placed(model, setting)
     x = x.to(setting.device)
     labels = torch.zeros(batch_size, dtype=torch.long, device=setting.device)
@@ -137,48 +144,62 @@ def measure(name: str, method: str, setting: Setting, batch_size: int) -> Memory
     torch.cuda.reset_peak_memory_stats()
     train_step(model, x, labels, optimizer)
     torch.cuda.synchronize()
-    return Memory(trained, saved, peak, kept, torch.cuda.max_memory_allocated(), workspace)
+    highest = torch.cuda.max_memory_allocated()
+    del model, optimizer, x, labels
+    gc.collect()
+    workspace = torch.cuda.memory_allocated()  # nothing else is left
+    return Memory(trained, saved, peak, kept, highest - workspace, workspace)
 
 
-def measure_times(name: str, methods: list[str], setting: Setting, batch_size: int, rounds: int) -> dict[str, list[float]]:
-    """Method -> seconds a step in every round."""
+def measured(name: str, method: str, setting: Setting, batch_size: int) -> Memory | str:
+    """`measure`, or why not."""
+    try:
+        return measure(name, method, setting, batch_size)
+    except (s2a_fx.S2AError, RuntimeError) as error:  # no target for LoRA, no PEFT, no memory: the others still run
+        reason = f"{name}, {method}: {type(error).__name__}: {error}"
+        print("left out:", reason, flush=True)
+        return reason
+    finally:
+        gc.collect()
+
+
+def measure_times(
+    name: str, methods: list[str], setting: Setting, batch_size: int, rounds: int
+) -> tuple[dict[str, list[float]], list[str]]:
+    """Method -> seconds a step in every round, and which methods are left out and why."""
     synchronize: Callable[[], None] = torch.cuda.synchronize if setting.device == "cuda" else lambda: None
     steps = STEPS_A_ROUND[setting.device]
     labels = torch.zeros(batch_size, dtype=torch.long, device=setting.device)
     runs = {}
+    left_out = []
     for method in methods:
-        model, x, _ = build(name, method, setting, batch_size)
-        model, optimizer = placed(model, setting)
-        runs[method] = (model, x.to(setting.device), labels, optimizer)
-        for _ in range(WARM_UP):
-            train_step(*runs[method])
-    seconds: dict[str, list[float]] = {method: [] for method in methods}
+        try:
+            model, x, _ = build(name, method, setting, batch_size)
+            model, optimizer = placed(model, setting)
+            run = model, x.to(setting.device), labels, optimizer
+            for _ in range(WARM_UP):
+                train_step(*run)
+        except RuntimeError as error:
+            left_out.append(f"{name}, {method}, timed: {type(error).__name__}: {error}")
+            print("left out:", left_out[-1], flush=True)
+            continue
+        runs[method] = run
+    seconds: dict[str, list[float]] = {method: [] for method in runs}
     for turn in range(rounds):
-        for method in methods if turn % 2 == 0 else methods[::-1]:
+        for method in runs if turn % 2 == 0 else reversed(runs):
             synchronize()
             start = time.perf_counter()
             for _ in range(steps):
                 train_step(*runs[method])
             synchronize()
             seconds[method].append((time.perf_counter() - start) / steps)
-    return seconds
+    return seconds, left_out
 
 
 def rows_of(
-    name: str, methods: list[str], setting: Setting, batch_size: int, peak_batch_size: int, rounds: int
-) -> tuple[list[Row], list[str]]:
-    """A row for each method, and which methods are left out and why."""
-    memory: dict[str, Memory] = {}
-    left_out = []
-    for method in methods:
-        try:
-            memory[method] = measure(name, method, setting, peak_batch_size)
-        except (s2a_fx.S2AError, RuntimeError) as error:  # no target for LoRA, no PEFT, no memory: the others still run
-            left_out.append(f"{name}, {method}: {type(error).__name__}: {error}")
-            print("left out:", left_out[-1], flush=True)
-        gc.collect()
-    seconds = measure_times(name, list(memory), setting, batch_size, rounds) if rounds else {}
-    gc.collect()
+    name: str, memory: dict[str, Memory], seconds: dict[str, list[float]], batch_size: int, peak_batch_size: int
+) -> list[Row]:
+    """A row for each method."""
     rows = []
     for method, kept in memory.items():
         over_full = _ratios(seconds, method, "full")
@@ -192,13 +213,13 @@ def rows_of(
                 peak_batch_size=peak_batch_size,
                 memory=kept,
                 peak_over_full=kept.peak_measured / full_peak if kept.peak_measured and full_peak else None,
-                seconds=statistics.median(seconds[method]) if seconds else None,
+                seconds=statistics.median(seconds[method]) if method in seconds else None,
                 time_over_full=statistics.median(over_full) if over_full else None,
                 time_over_full_range=(min(over_full), max(over_full)) if over_full else None,
                 time_over_checkpoint=statistics.median(over_checkpoint) if over_checkpoint else None,
             )
         )
-    return rows, left_out
+    return rows
 
 
 def _ratios(seconds: dict[str, list[float]], method: str, reference: str) -> list[float]:
@@ -235,27 +256,43 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--amp", action="store_true", help="autocast to bfloat16")
     parser.add_argument("--classes", type=int, default=100)
+    parser.add_argument("--jobs", type=int, default=1, help="processes that measure memory at a time (default: %(default)s)")
     parser.add_argument("--name", default="step", help="of the JSON in benchmarks/results (default: %(default)s)")
     options = parser.parse_args()
     peak_batch_size = options.batch_size if options.peak_batch_size is None else options.peak_batch_size
     setting = Setting(options.device, options.dtype, options.amp, options.classes)
+    pairs = [(name, method) for name in options.models for method in options.methods]
+    # all before this process has used CUDA: it forks
+    found = dict(zip(pairs, fork_map(lambda pair: measured(*pair, setting, peak_batch_size), pairs, options.jobs), strict=True))
     processor = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
-    done: list[Row] = []
-    missing: list[str] = []
-    for name in options.models:
-        rows, left_out = rows_of(name, options.methods, setting, options.batch_size, peak_batch_size, options.rounds)
-        done += rows
-        missing += left_out
-        precision = "autocast to bfloat16" if setting.amp else setting.dtype
-        print(f"\n{name}, {precision}, {processor}: time at batch {options.batch_size}, peak at batch {peak_batch_size}")
-        print(table(rows), flush=True)
+    missing = [reason for reason in found.values() if isinstance(reason, str)]
+    rows: dict[str, list[Row]] = {}
+    memory: dict[str, dict[str, Memory]] = {name: {} for name in options.models}
+    for (name, method), kept in found.items():
+        if isinstance(kept, Memory):
+            memory[name][method] = kept
+
+    def write() -> Path:
         figures = {
             "setting": {**asdict(setting), "processor": processor, "rounds": options.rounds},
-            "rows": [asdict(row) for row in done],
+            "rows": [asdict(row) for name in options.models for row in rows[name]],
             "left_out": missing,
         }
-        # after every model: a long run that is cut off has left what it knows
-        path = record.write(options.name, figures, options.device)
+        return record.write(options.name, figures, options.device)
+
+    for name in options.models:
+        rows[name] = rows_of(name, memory[name], {}, options.batch_size, peak_batch_size)
+    path = write()
+    for name in options.models:
+        if options.rounds:
+            seconds, left_out = measure_times(name, list(memory[name]), setting, options.batch_size, options.rounds)
+            missing += left_out
+            rows[name] = rows_of(name, memory[name], seconds, options.batch_size, peak_batch_size)
+            gc.collect()
+        precision = "autocast to bfloat16" if setting.amp else setting.dtype
+        print(f"\n{name}, {precision}, {processor}: time at batch {options.batch_size}, peak at batch {peak_batch_size}")
+        print(table(rows[name]), flush=True)
+        path = write()  # after every model: a long run that is cut off has left what it knows
     print(path)
 
 

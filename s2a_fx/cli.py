@@ -25,7 +25,7 @@ from s2a_fx.passes import PASSES
 from s2a_fx.recipes import RECIPES, SUFFIXES, name_of, resolve
 from s2a_fx.report import Comparison
 from s2a_fx.transform import transform
-from s2a_fx.whole_file import own_part, written_whole
+from s2a_fx.whole_file import destination, written_whole
 from s2a_fx.zoo import DTYPES, timm_model
 
 
@@ -116,7 +116,7 @@ def _compare(options: argparse.Namespace) -> None:
 
 
 def _table(options: argparse.Namespace) -> None:
-    _check_folders(options.json)
+    _check_files(options.json)
     if options.batch_size and not options.model:
         raise InputError(f"--batch-size: the paper's figures are at batch {BATCH_SIZE}; name another model with --model.")
     if options.table and options.model:
@@ -130,16 +130,26 @@ def _table(options: argparse.Namespace) -> None:
         _write(options.json, json.dumps(to_json(cells), indent=1))
 
 
-def _check_folders(*paths: Path | None) -> None:
-    for path in paths:
-        if path is not None and not path.parent.is_dir():
-            raise InputError(f"{path}: there is no folder {path.parent}; create it or name another file.")
+def _check_files(json_file: Path | None, html_file: Path | None = None) -> None:
+    """Before any work, refuse files that cannot be written, and one file that is named twice."""
+    found = []
+    for path in filter(None, (json_file, html_file)):
+        try:
+            found.append(destination(path))
+        except OSError as error:
+            raise _unwritable(path, error) from error
+    if len(found) == 2 and found[0].is_same_file(found[1]):
+        raise InputError(f"--json {json_file} and --html {html_file} name the same file; give each a file of its own.")
+
+
+def _unwritable(path: Path, error: OSError) -> InputError:
+    return InputError(f"{path}: cannot be written: {error.strerror}; name a file in a folder that you can write to.")
 
 
 def _simulate(options: argparse.Namespace, recipes: list[str], tell_refusals: bool = False) -> Comparison:
     for recipe in recipes:
         resolve(recipe)
-    _check_folders(options.json, options.html)
+    _check_files(options.json, options.html)
     model, example = _built(options)
     comparison = compare(
         model,
@@ -192,12 +202,13 @@ def _passes(options: argparse.Namespace) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a file whole or not at all; into a pipe or a device, what was printed before goes first."""
+    sys.stdout.flush()
     try:
-        with written_whole(path, own_part(path)) as file:
+        with written_whole(path) as file:
             file.write(text.encode())
     except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror}.") from error
+        raise _unwritable(path, error) from error
 
 
 if __name__ == "__main__":

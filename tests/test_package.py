@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 ORDER = [
     "errors",
     "version",
+    "file_kind",
     "whole_file",
     "sharded",
     "fusion",

@@ -11,8 +11,8 @@ from torch import nn
 
 from s2a_fx.analysis.blocks import residual_blocks
 from s2a_fx.errors import InputError, PassError
-from s2a_fx.finetune.checkpoint import LAST, TASK, Epoch, Position, State, require
-from s2a_fx.finetune.claim import claimed
+from s2a_fx.finetune.checkpoint import BEST, LAST, TASK, Epoch, Position, State, require
+from s2a_fx.finetune.claim import LOCK, claimed
 from s2a_fx.finetune.data import DataSets, make_loader, make_mixup, open_data
 from s2a_fx.finetune.distributed import Processes, joined, shared
 from s2a_fx.finetune.free_memory import free_bytes
@@ -28,6 +28,7 @@ from s2a_fx.report import MB
 from s2a_fx.tasks.base_digests import digests, fingerprint
 from s2a_fx.trace import trace
 from s2a_fx.transform import transform
+from s2a_fx.whole_file import destination
 
 
 @dataclass(frozen=True)
@@ -101,10 +102,24 @@ def _check_folder(options: FinetuneOptions) -> None:
         stands = last.exists()
     except OSError as error:
         raise InputError(f"{options.folder}: cannot be looked into: {error.strerror}; give another --output.") from error
+    _check_files(options.folder)
     if options.resume:
         require(last)
     elif stands:
         raise InputError(f"{last}: a run stands there already; go on with --resume, or give another --output.")
+
+
+def _check_files(folder: Path) -> None:
+    """Refuse a folder whose files the run cannot replace. It reads what it wrote, so pipes and devices will not do."""
+    if not folder.exists():
+        return
+    for file in (folder / name for name in (LAST, BEST, TASK, LOCK)):
+        try:
+            found = destination(file)
+        except OSError as error:
+            raise InputError(f"{file}: cannot be written: {error.strerror}; give another --output.") from error
+        if not found.is_replaced:
+            raise InputError(f"{file}: is {found.kind}, wanted a plain file or none; take it away, or give another --output.")
 
 
 def _check_fit(prediction: Prediction, options: FinetuneOptions, processes: Processes, say: Say) -> None:

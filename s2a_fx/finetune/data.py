@@ -18,6 +18,7 @@ from torchvision.transforms import Compose
 from s2a_fx.errors import InputError
 from s2a_fx.finetune.distributed import Processes
 from s2a_fx.finetune.draws import Drawn, draw_for_batch
+from s2a_fx.finetune.image_files import check_plain, image_files
 from s2a_fx.finetune.interrupts import stand_apart
 from s2a_fx.finetune.options import FinetuneOptions
 
@@ -36,8 +37,8 @@ def open_data(options: FinetuneOptions, processes: Processes) -> DataSets:
     """The two splits of the run's data set.
 
     Raises:
-        InputError: there is no such data, a split is missing or empty, an image of a folder lies in no class's own, or the classes
-            of the splits do not agree.
+        InputError: there is no such data, a split is missing or empty, an image of a folder is no plain file or lies in no class's
+            own folder, or the classes of the splits do not agree.
     """
     if not options.dataset and not options.data.is_dir():
         raise InputError(f"{options.data}: there is no such folder; give one that holds train/ and val/, or name a --dataset.")
@@ -67,8 +68,6 @@ def _fetch(options: FinetuneOptions) -> None:
 
 
 def _split(options: FinetuneOptions, split: str, **settings: Any) -> Any:
-    if not options.dataset:  # decoded by the transform: timm's own decoding puts the next image in the place of a broken one
-        settings["load_bytes"] = True
     try:
         dataset = create_dataset(options.dataset, root=str(options.data), split=split, download=options.download, **settings)
     except Exception as error:  # each kind of data set has its own
@@ -80,8 +79,10 @@ def _split(options: FinetuneOptions, split: str, **settings: Any) -> Any:
         raise InputError(
             f"{options.data}: has no folder for the split {split!r}; wanted train/ and val/, a folder a class in each."
         )
+    files = image_files(dataset)
+    check_plain(files)
     if not options.dataset:
-        _check_places(Path(dataset.reader.root), dataset.filenames(absolute=True))
+        _check_places(Path(dataset.reader.root), files)
     if not len(dataset):
         raise InputError(f"{options.dataset or options.data}, split {split!r}: has no images.")
     return dataset

@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from s2a_fx.analysis.fit import LIMIT, largest_batch
 from s2a_fx.analysis.optimizer import OPTIMIZERS
 from s2a_fx.analyze import MODES, compare
 from s2a_fx.arguments import not_negative, positive, size
-from s2a_fx.errors import InputError, S2AError
+from s2a_fx.errors import InputError, S2AError, S2AWarning
 from s2a_fx.finetune.command import add_finetune
 from s2a_fx.html import to_html
 from s2a_fx.paper_figures import BATCH_SIZE, TABLES
@@ -25,8 +26,11 @@ from s2a_fx.passes import PASSES
 from s2a_fx.recipes import RECIPES, SUFFIXES, name_of, resolve
 from s2a_fx.report import Comparison
 from s2a_fx.transform import transform
+from s2a_fx.usable_cores import usable_cores
 from s2a_fx.whole_file import destination, written_whole
 from s2a_fx.zoo import DTYPES, timm_model
+
+_AS_PYTHON = warnings.formatwarning
 
 
 def main(arguments: Sequence[str] | None = None, jobs: int = 1) -> int:
@@ -45,13 +49,21 @@ def main(arguments: Sequence[str] | None = None, jobs: int = 1) -> int:
 def console() -> None:
     """The installed command: `main` for one short run, without cycle collection (half a second) and torch's teardown (one)."""
     gc.disable()
+    warnings.formatwarning = _formatted
     try:
-        status = main(jobs=os.cpu_count() or 1)
+        status = main(jobs=usable_cores())
         sys.stdout.flush()
     except BrokenPipeError:  # the reader, `head` say, has seen enough
         status = 0
     sys.stderr.flush()
     os._exit(status)
+
+
+def _formatted(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
+    """A warning of this package in one line; others as Python has them."""
+    if issubclass(category, S2AWarning):
+        return f"s2a-fx: warning: {message}\n"
+    return _AS_PYTHON(message, category, filename, lineno, line)
 
 
 def _parser() -> argparse.ArgumentParser:

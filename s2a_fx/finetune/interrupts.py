@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from s2a_fx.parent_watch import end_with_parent
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -44,5 +46,9 @@ def interrupts() -> Iterator[Interrupts]:
 
 
 def stand_apart(worker: int) -> None:
-    """Put a process that loads images into a group of its own: what asks the run to stop is sent to the run's whole group."""
+    """Put a process that loads images into a group of its own: what asks the run to stop is sent to the run's whole group.
+
+    What kills the run does not reach it then, so it watches the run.
+    """
     os.setpgrp()
+    end_with_parent()

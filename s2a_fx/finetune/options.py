@@ -51,7 +51,7 @@ class FinetuneOptions:
         grad_accumulation: batches whose gradients are added up before the optimizer steps.
         channels_last, compile: memory layout of the images; `torch.compile` the model.
         seed: of everything that is drawn.
-        workers: processes that load images; 0 for none.
+        workers: processes that load images, in each process of the run; 0 for none. `finetune` refuses more than the machine holds.
         device: None for a GPU if there is one.
         memory: bytes that the step may take; None for what is free on the device.
         force: start though it does not fit.

@@ -1,6 +1,7 @@
 """A fine-tuning run from the options to the best weights."""
 
 import time
+import warnings
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from s2a_fx.finetune.objective import make_loss, make_optimizer, make_scheduler,
 from s2a_fx.finetune.options import FinetuneOptions
 from s2a_fx.finetune.steps import Precision
 from s2a_fx.finetune.training import Say, Training
+from s2a_fx.finetune.workers import check_workers
 from s2a_fx.recipes import resolve
 from s2a_fx.report import MB
 from s2a_fx.tasks.base_digests import digests, fingerprint
@@ -66,7 +68,8 @@ def finetune(options: FinetuneOptions, say: Say = lambda line: None) -> Finetune
             checkpoint stays.
         Stopped: interrupted by Ctrl-C or SIGTERM; the last checkpoint holds all that was done. A second Ctrl-C stops at once.
     """
-    with joined(options.device, options.parallel) as processes:
+    with joined(options.device, options.parallel) as processes, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)  # `check_workers` says it, by the cgroups too
         return _finetune(options, processes, say if processes.first else lambda line: None)
 
 
@@ -74,6 +77,7 @@ def _finetune(options: FinetuneOptions, processes: Processes, say: Say) -> Finet
     resolve(options.recipe)
     if options.compile and processes.parallel == "fsdp":
         raise InputError("compile: is not supported with parallel 'fsdp'; leave one out.")
+    check_workers(options.workers, processes.first)
     processes.of_first(lambda: _check_folder(options))
     data = open_data(options, processes)
     say(f"{options.data}: {data.classes} classes, {len(data.train):,} images to train on, {len(data.val):,} to evaluate on")

@@ -155,7 +155,7 @@ def _check_files(json_file: Path | None, html_file: Path | None = None) -> None:
 
 
 def _unwritable(path: Path, error: OSError) -> InputError:
-    return InputError(f"{path}: cannot be written: {error.strerror}; name a file in a folder that you can write to.")
+    return InputError(f"{path}: cannot be written: {error.strerror}; name another file.")
 
 
 def _simulate(options: argparse.Namespace, recipes: list[str], tell_refusals: bool = False) -> Comparison:

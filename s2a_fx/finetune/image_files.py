@@ -30,7 +30,7 @@ def check_plain(files: Iterable[str]) -> None:
     strange = {path for folder in dict.fromkeys(map(os.path.dirname, files)) for path in _not_plain(folder)}
     first = next((file for file in files if file in strange), None)
     if first is not None:
-        raise InputError(f"{first}: {_fault(Path(first))}; mend it or take it out: every image of a folder is shown.")
+        raise InputError(f"{first}: {_fault(Path(first))}; mend it or take it out.")
 
 
 def _not_plain(folder: str) -> Iterator[str]:

@@ -11,12 +11,12 @@ import torch
 from torch import fx
 
 from s2a_fx.analysis.device import CPU, DeviceModel
-from s2a_fx.analysis.fake import fake_mode
 from s2a_fx.analysis.ledger import Ledger, SaveRecord, StepRecord, in_steady_state, tensors_in
 from s2a_fx.analysis.loss import default_loss, describe_loss
 from s2a_fx.analysis.partition import Partition, partition
 from s2a_fx.analysis.saved import operator_name
 from s2a_fx.analysis.simulation import Stepping, run_backward
+from s2a_fx.graph.fake import fake_mode
 
 ASSUMPTIONS = (
     "torch.compile: what AOTAutograd's partitioner saves, after Inductor's passes, with the compiler's settings as they stand",

@@ -4,25 +4,19 @@ from collections.abc import Sequence
 
 from torch import fx
 
-from s2a_fx.analysis.notes import Note
 from s2a_fx.analysis.saved import SavedTensor, is_activation
-
-_KEY = "s2a_fx.smallest"
+from s2a_fx.graph.metadata import Note, record_of
 
 _CODED = ("codes", "ranges", "range", "rstd", "shift", "mask", "dropout_mask")
 """What the operators and modules of this package call what they code."""
 
 
-def keep_no_more_than(gm: fx.GraphModule, nbytes: int) -> None:
-    """Say that the graph is compressed: what it keeps at full width shall be below so many bytes a tensor, or be told."""
-    gm.meta[_KEY] = nbytes
-
-
 def full_width_notes(gm: fx.GraphModule, rows: Sequence[SavedTensor]) -> tuple[Note, ...]:
     """A note for each tensor that is kept at full width though the graph is compressed; none for other graphs."""
-    if _KEY not in gm.meta:
+    record = record_of(gm)
+    if record.report_from is None:
         return ()
-    wide = [row for row in rows if is_activation(row) and row.bytes >= gm.meta[_KEY] and not _is_code(row)]
+    wide = [row for row in rows if is_activation(row) and row.bytes >= record.report_from and not _is_code(row)]
     return tuple(Note("CompressActivations", row.node, _reason(row)) for row in wide)
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from s2a_fx.nn.training_switch import TrainingSwitch
+from s2a_fx.graph.training_switch import TrainingSwitch
 
 aten = torch.ops.aten
 

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from s2a_fx.analysis.flow import attribute, dependent_nodes
 from s2a_fx.analysis.non_parametric import dropout_probability
+from s2a_fx.graph.flow import attribute, dependent_nodes
 from s2a_fx.nn.ghost import can_be_ghost
 from s2a_fx.nn.random_numbers import may_draw
 from s2a_fx.nn.recomputed_branch import Norm

@@ -22,10 +22,10 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from s2a_fx.analysis.blocks import residual_blocks
-from s2a_fx.analysis.flow import trained_nodes
 from s2a_fx.analysis.non_parametric import non_parametric
-from s2a_fx.analysis.provenance import module_stack
+from s2a_fx.graph.flow import trained_nodes
+from s2a_fx.graph.provenance import module_stack
+from s2a_fx.graph.structure import residual_blocks
 from s2a_fx.nn.checkpointed import Checkpointed
 from s2a_fx.nn.coded import CodedActivation, CodedLayerNorm, MaskedActivation
 from s2a_fx.nn.coded_attention import CodedAttention

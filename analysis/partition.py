@@ -17,10 +17,10 @@ from torch._inductor.compile_fx import compile_fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from s2a_fx.analysis.fake import fake_tensor, traced_inputs
-from s2a_fx.analysis.provenance import module_path, plain_path
 from s2a_fx.analysis.simulation import run_backward
 from s2a_fx.errors import InputError
+from s2a_fx.graph.fake import fake_tensor, traced_inputs
+from s2a_fx.graph.provenance import module_path, plain_path
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from s2a_fx.analysis.ledger import Place, StepRecord
-from s2a_fx.analysis.provenance import module_path
+from s2a_fx.graph.provenance import module_path
 
 KINDS = ("parameter", "buffer", "gradient", "optimizer", "input", "saved", "temporary")
 

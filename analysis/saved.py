@@ -6,8 +6,8 @@ import torch
 from torch import fx
 
 from s2a_fx.analysis.ledger import StepRecord
-from s2a_fx.analysis.provenance import module_path
 from s2a_fx.analysis.simulation import simulate
+from s2a_fx.graph.provenance import module_path
 
 ACTIVATION_KINDS = ("activation", "input")
 

@@ -17,11 +17,13 @@ from torch import fx
 from torch.autograd.graph import _engine_run_backward
 
 from s2a_fx.analysis.device import CPU, DeviceModel
-from s2a_fx.analysis.fake import fake_mode, fake_modules, fake_tensor, traced_inputs
 from s2a_fx.analysis.ledger import NODE, Ledger, SaveRecord, StepRecord, in_steady_state, tensors_in
 from s2a_fx.analysis.loss import default_loss, describe_loss
 from s2a_fx.analysis.optimizer import make_optimizer, stand_ins
 from s2a_fx.errors import InputError
+from s2a_fx.graph.fake import fake_mode, fake_modules, fake_tensor, traced_inputs
+from s2a_fx.graph.regions import Checkpoint
+from s2a_fx.graph.torch_internals import neutral_state
 from s2a_fx.nn.checkpointed import Checkpointed
 from s2a_fx.nn.recompute import at_most_parts
 from s2a_fx.ops import SAVED
@@ -53,7 +55,7 @@ def simulate(
     inputs = tuple(fake_tensor(t, mode, batch_size) for t in traced_inputs(gm))
     ledger = Ledger(device)
     parts = 1 if forward_only else 3  # the first makes what all write to, the second what all add to; then they are alike
-    with mode, device.functions(), at_most_parts(parts):
+    with neutral_state(), mode, device.functions(), at_most_parts(parts):
         ledger.own_all(model, inputs)
         stepping = Stepping.of(model, None if forward_only else optimizer, device.foreach)
         with ledger:
@@ -207,7 +209,9 @@ class _Runner(fx.Interpreter):
         for operand in n.all_input_nodes:
             for tensor in tensors_in(self.env[operand]):
                 self.ledger.storages[self.ledger.index_of(tensor)].last_read = n.name
-        self.keeper.checkpointed = n.op == "call_module" and isinstance(self.module.get_submodule(str(n.target)), Checkpointed)
+        self.keeper.checkpointed = n.op == "call_module" and isinstance(
+            self.module.get_submodule(str(n.target)), Checkpointed | Checkpoint
+        )
         result = super().run_node(n)
         self.keeper.label(tensors_in(result), n.name)
         return result

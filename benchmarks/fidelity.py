@@ -26,7 +26,7 @@ from tabulate import tabulate
 from torch import fx, nn
 
 import s2a_fx
-from s2a_fx.analysis.head import head_paths
+from s2a_fx.graph.heads import head_paths
 from s2a_fx.recipes import GraphPass
 
 RECIPES = ["s2a-paper", "s2a", "s2a-max"]

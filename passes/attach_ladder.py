@@ -13,15 +13,15 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from s2a_fx.analysis.blocks import Block, residual_blocks
-from s2a_fx.analysis.layout import Layout, layout_of
-from s2a_fx.analysis.notes import add_note
 from s2a_fx.errors import InputError, PassError
+from s2a_fx.graph.edit import splice_module
+from s2a_fx.graph.layout import Layout, layout_of
+from s2a_fx.graph.metadata import add_note
+from s2a_fx.graph.structure import Block, residual_blocks
 from s2a_fx.nn.ladder import LadderLayer, LadderStart, LadderTop
 from s2a_fx.nn.lite_side_branch import SideTransition
 from s2a_fx.passes.base import Pass, a_weight, building_like, require_positive
 from s2a_fx.passes.pooled_feature import pooled_feature, read_instead
-from s2a_fx.passes.subgraphs import call_spliced
 
 
 @dataclass(frozen=True)
@@ -47,19 +47,19 @@ class AttachLadder(Pass):
         readers = list(last.users)
         with building_like(a_weight(gm)) as factory:
             start = LadderStart(rungs[0][1].order, rungs[0][1].channels, rungs[0][1].channels // self.reduction, **factory)
-            side = call_spliced(gm, "ladder.start", start, (rungs[0][0],), before=rungs[0][0].next)
+            side = splice_module(gm, "ladder.start", start, (rungs[0][0],), before=rungs[0][0].next)
             before = rungs[0][1]
             for index, (node, here) in enumerate(rungs[1:]):
                 width = here.channels // self.reduction
                 if (before.channels, before.height, before.width) != (here.channels, here.height, here.width):
                     sizes = (before.height, before.width), (here.height, here.width)
                     transition = SideTransition((before.channels // self.reduction, width), *sizes, **factory)
-                    side = call_spliced(gm, f"ladder.transition{index}", transition, (side,), before=max(side, node).next)
+                    side = splice_module(gm, f"ladder.transition{index}", transition, (side,), before=max(side, node).next)
                 layer = LadderLayer(here.order, here.channels, width, **factory)
-                side = call_spliced(gm, f"ladder.layer{index}", layer, (side, node), before=max(side, node).next)
+                side = splice_module(gm, f"ladder.layer{index}", layer, (side, node), before=max(side, node).next)
                 before = here
             top = LadderTop(layout.order, before.channels // self.reduction, layout.channels, **factory)
-        made = call_spliced(gm, "ladder.top", top, (side,), before=max(side, last).next)
+        made = splice_module(gm, "ladder.top", top, (side,), before=max(side, last).next)
         read_instead(gm, last, readers, made, self)
         return True
 

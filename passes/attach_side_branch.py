@@ -17,15 +17,15 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from s2a_fx.analysis.blocks import stages
-from s2a_fx.analysis.head import classification_heads
-from s2a_fx.analysis.layout import Layout, layout_of
-from s2a_fx.analysis.notes import add_note
 from s2a_fx.errors import InputError, PassError
+from s2a_fx.graph.edit import insert_call, splice_module
+from s2a_fx.graph.heads import classification_heads
+from s2a_fx.graph.layout import Layout, layout_of
+from s2a_fx.graph.metadata import add_note
+from s2a_fx.graph.structure import stages
 from s2a_fx.nn.channel_average_pool import ChannelAveragePool
 from s2a_fx.nn.lite_side_branch import LiteSideBlock, SideTransition, TapScale
-from s2a_fx.passes.base import Pass, a_weight, building_like, call_inserted, require_not_negative, require_positive
-from s2a_fx.passes.subgraphs import call_spliced
+from s2a_fx.passes.base import Pass, a_weight, building_like, require_not_negative, require_positive
 
 
 @dataclass(frozen=True)
@@ -92,16 +92,16 @@ class AttachSideBranch(Pass):
             channels, grid = layout.channels // self.reduction, (layout.height, layout.width)
             with gm.graph.inserting_after(output):
                 pool = ChannelAveragePool(path, layout.order, grid, layout.prefix, self.reduction)
-                node = call_inserted(gm, f"{name}.pool", pool, (output,))
+                node = insert_call(gm, f"{name}.pool", pool, (output,))
             with gm.graph.inserting_after(node):
-                node = call_inserted(gm, f"{name}.scale", TapScale(), (node,))
+                node = insert_call(gm, f"{name}.scale", TapScale(), (node,))
             if previous is not None:
                 if before != (channels, grid):
                     transition = SideTransition((before[0], channels), before[1], grid, **factory)
-                    previous = call_spliced(gm, f"{name}.transition", transition, (previous,), before=node.next)
+                    previous = splice_module(gm, f"{name}.transition", transition, (previous,), before=node.next)
                 with gm.graph.inserting_after(max(node, previous)):
                     node = gm.graph.call_function(torch.add, (node, previous))
-            previous = call_spliced(gm, f"{name}.block", LiteSideBlock(channels, **factory), (node,), before=node.next)
+            previous = splice_module(gm, f"{name}.block", LiteSideBlock(channels, **factory), (node,), before=node.next)
             before = (channels, grid)
         assert previous is not None
         return previous, before[0]
@@ -114,7 +114,7 @@ def _widen_head(gm: fx.GraphModule, node: fx.Node, index: int, side: fx.Node, si
     features = node.args[0]
     pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), *([] if convolutional else [nn.Flatten()]))
     with gm.graph.inserting_before(node):
-        pooled = call_inserted(gm, f"side_branch.head_pool{index}", pool, (side,))
+        pooled = insert_call(gm, f"side_branch.head_pool{index}", pool, (side,))
         joined = gm.graph.call_function(torch.cat, ([features, pooled], 1))
     gm.set_submodule(path, _wider(old, side_channels).train(gm.training))
     node.args = (joined,)

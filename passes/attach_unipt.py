@@ -13,14 +13,14 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from s2a_fx.analysis.blocks import stages
-from s2a_fx.analysis.layout import Layout, layout_of
-from s2a_fx.analysis.notes import add_note
 from s2a_fx.errors import InputError, PassError
+from s2a_fx.graph.edit import free_path, splice_module
+from s2a_fx.graph.layout import Layout, layout_of
+from s2a_fx.graph.metadata import add_note
+from s2a_fx.graph.structure import stages
 from s2a_fx.nn.parallel_network import Feature, ParallelNetwork
-from s2a_fx.passes.base import Pass, a_weight, building_like, free_path, require_positive
+from s2a_fx.passes.base import Pass, a_weight, building_like, require_positive
 from s2a_fx.passes.pooled_feature import pooled_feature, read_instead
-from s2a_fx.passes.subgraphs import call_spliced
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class AttachUniPT(Pass):
             network = ParallelNetwork(_feature(layout), features, layout.channels // self.reduction, **factory)
         readers = list(anchor.users)
         args = (anchor, *(node for node, _ in taps))
-        made = call_spliced(gm, free_path(gm, "", "parallel_network"), network, args, before=anchor.next)
+        made = splice_module(gm, free_path(gm, "", "parallel_network"), network, args, before=anchor.next)
         read_instead(gm, anchor, readers, made, self)
         return True
 

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from s2a_fx.analysis.blocks import Block, residual_blocks
-from s2a_fx.analysis.flow import trained_nodes
-from s2a_fx.analysis.notes import add_note
 from s2a_fx.errors import PassError
+from s2a_fx.graph.edit import free_path, insert_call, snake_case
+from s2a_fx.graph.flow import trained_nodes
+from s2a_fx.graph.metadata import add_note
+from s2a_fx.graph.structure import Block, residual_blocks
 from s2a_fx.nn.checkpointed import Checkpointed
-from s2a_fx.passes.base import Pass, call_inserted, free_path, snake_case
-from s2a_fx.passes.subgraphs import lifted
+from s2a_fx.nn.ghost import extract_bodies
+from s2a_fx.passes.base import Pass
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,9 @@ def _replace(gm: fx.GraphModule, block: Block) -> None:
     inside = set(block.nodes)
     nodes = (*(n for n in block.nodes if n is not block.output), block.output)  # nothing after the output is read elsewhere
     operands = tuple(dict.fromkeys(o for n in nodes for o in n.all_input_nodes if o not in inside))
-    module = Checkpointed(*lifted(gm, nodes, operands, None))
+    module = Checkpointed(*extract_bodies(gm, nodes, operands, None))
     with gm.graph.inserting_before(block.output):
-        call = call_inserted(gm, free_path(gm, block.path, snake_case(Checkpointed)), module, operands, like=block.output)
+        call = insert_call(gm, free_path(gm, block.path, snake_case(Checkpointed)), module, operands, like=block.output)
     call.meta["val"] = block.output.meta["val"]
     block.output.replace_all_uses_with(call)
     for node in reversed(nodes):

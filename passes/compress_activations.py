@@ -22,10 +22,10 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from s2a_fx.analysis.full_width import keep_no_more_than
 from s2a_fx.analysis.saved import SavedTensor, is_activation, saved_tensors
 from s2a_fx.codecs.rows import Rows
 from s2a_fx.errors import InputError
+from s2a_fx.graph.metadata import record_of
 from s2a_fx.nn.ghost import has_hooks
 from s2a_fx.passes.base import Pass
 from s2a_fx.passes.forms import activations, attention, convolutions, inputs, mlps, norms
@@ -108,7 +108,7 @@ class CompressActivations(Pass):
                 coding = self._coding(gm, node)
             if coding is not None:
                 FORMS[coding.form].replace(gm, node, coding.bits)
-        keep_no_more_than(gm, self.smallest)
+        record_of(gm).report_from = self.smallest
         return bool(opened or tagged or blocks)
 
     def tag(self, gm: fx.GraphModule) -> list[fx.Node]:

@@ -11,8 +11,8 @@ from fnmatch import fnmatchcase
 
 from torch import fx
 
-from s2a_fx.analysis.head import head_paths
 from s2a_fx.errors import PassError
+from s2a_fx.graph.heads import head_paths
 from s2a_fx.passes.base import Pass
 
 

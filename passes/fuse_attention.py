@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from s2a_fx.analysis.flow import dependent_nodes, reaches, trained_nodes
 from s2a_fx.analysis.non_parametric import non_parametric, product_with_values
-from s2a_fx.analysis.notes import add_note
+from s2a_fx.graph.flow import dependent_nodes, reaches, trained_nodes
+from s2a_fx.graph.metadata import add_note
 from s2a_fx.passes.base import Pass
 
 _MATMULS = (operator.matmul, torch.matmul, torch.bmm, "matmul", "bmm")

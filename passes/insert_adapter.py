@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from timm.layers import DropPath
 from torch import fx, nn
 
-from s2a_fx.analysis.blocks import Branch, residual_branches
-from s2a_fx.analysis.layout import Layout, layout_of
-from s2a_fx.analysis.notes import add_note
 from s2a_fx.errors import InputError, PassError
+from s2a_fx.graph.edit import free_path, splice_module
+from s2a_fx.graph.layout import Layout, layout_of
+from s2a_fx.graph.metadata import add_note
+from s2a_fx.graph.structure import Branch, residual_branches
 from s2a_fx.nn.adapter import Adapter
-from s2a_fx.passes.base import Pass, a_weight, building_like, free_path, require_positive
-from s2a_fx.passes.subgraphs import call_spliced
+from s2a_fx.passes.base import Pass, a_weight, building_like, require_positive
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class InsertAdapter(Pass):
     def _insert(self, gm: fx.GraphModule, branch: Branch, value: fx.Node, reader: fx.Node, layout: Layout) -> None:
         with building_like(a_weight(gm)) as factory:
             adapter = Adapter(layout.channels, layout.channels // self.reduction, layout.order == "BCHW", **factory)
-        adapted = call_spliced(gm, free_path(gm, branch.path, "adapter"), adapter, (value,), before=value.next, like=branch.add)
+        adapted = splice_module(gm, free_path(gm, branch.path, "adapter"), adapter, (value,), before=value.next, like=branch.add)
         adapted.meta["val"] = value.meta["val"]
         reader.replace_input_with(value, adapted)
 

@@ -14,15 +14,15 @@ from typing import Any
 
 from torch import fx, nn
 
-from s2a_fx.analysis.blocks import residual_blocks
-from s2a_fx.analysis.flow import dependent_nodes, reaches
 from s2a_fx.analysis.non_parametric import non_parametric
-from s2a_fx.analysis.notes import add_note
-from s2a_fx.analysis.provenance import owner_path
 from s2a_fx.errors import InputError, PassError
+from s2a_fx.graph.edit import free_path, splice_module
+from s2a_fx.graph.flow import dependent_nodes, reaches
+from s2a_fx.graph.metadata import add_note
+from s2a_fx.graph.provenance import owner_path
+from s2a_fx.graph.structure import residual_blocks
 from s2a_fx.nn.lora import LoRA
-from s2a_fx.passes.base import Pass, building_like, free_path, require_positive
-from s2a_fx.passes.subgraphs import call_spliced
+from s2a_fx.passes.base import Pass, building_like, require_positive
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class InsertLoRA(Pass):
             scale = 1.0 if self.alpha is None else self.alpha / self.rank
             lora = gm.get_submodule(known) if known else LoRA(layer, self.rank, scale, **factory)
         readers = list(node.users)
-        adapted = call_spliced(gm, path, lora, (node.all_input_nodes[0], node), before=node.next, like=node)
+        adapted = splice_module(gm, path, lora, (node.all_input_nodes[0], node), before=node.next, like=node)
         adapted.meta["val"] = node.meta["val"]
         for reader in readers:
             reader.replace_input_with(node, adapted)

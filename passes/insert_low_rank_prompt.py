@@ -11,13 +11,14 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from s2a_fx.analysis.blocks import Block, residual_blocks, stages
-from s2a_fx.analysis.layout import layout_of
-from s2a_fx.analysis.notes import add_note
-from s2a_fx.analysis.provenance import owner_path
 from s2a_fx.errors import InputError, PassError
+from s2a_fx.graph.edit import free_path, insert_call
+from s2a_fx.graph.layout import layout_of
+from s2a_fx.graph.metadata import add_note
+from s2a_fx.graph.provenance import owner_path
+from s2a_fx.graph.structure import Block, residual_blocks, stages
 from s2a_fx.nn.low_rank_prompt import LowRankPrompt
-from s2a_fx.passes.base import Pass, a_weight, building_like, call_inserted, free_path, require_not_negative, require_positive
+from s2a_fx.passes.base import Pass, a_weight, building_like, require_not_negative, require_positive
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class InsertLowRankPrompt(Pass):
             prompt = LowRankPrompt(parent, layout.order, grid, layout.channels, self.rank, self.std, cells, **factory)
         with gm.graph.inserting_before(min(readers)):
             path = free_path(gm, parent, "low_rank_prompt")
-            call = call_inserted(gm, path, prompt, (node,), like=node if self.where else None)  # before a block: outside of all
+            call = insert_call(gm, path, prompt, (node,), like=node if self.where else None)  # before a block: outside of all
         call.meta["val"] = node.meta["val"]
         for reader in readers:
             reader.replace_input_with(node, call)

@@ -20,16 +20,17 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from s2a_fx.analysis.blocks import Block, stages
-from s2a_fx.analysis.flow import dependent_nodes
-from s2a_fx.analysis.layout import Layout, layout_of
 from s2a_fx.analysis.non_parametric import non_parametric
-from s2a_fx.analysis.notes import Note, add_note
-from s2a_fx.analysis.provenance import module_stack, owner_path
-from s2a_fx.analysis.shapes import propagate
 from s2a_fx.errors import PassError
+from s2a_fx.graph.edit import free_path, insert_call
+from s2a_fx.graph.flow import dependent_nodes
+from s2a_fx.graph.layout import Layout, layout_of
+from s2a_fx.graph.metadata import Note, add_note
+from s2a_fx.graph.provenance import module_stack, owner_path
+from s2a_fx.graph.shapes import propagate
+from s2a_fx.graph.structure import Block, stages
 from s2a_fx.nn.visual_prompt import PromptBorder, PromptTokens
-from s2a_fx.passes.base import Pass, a_weight, building_like, call_inserted, free_path, require_not_negative, require_positive
+from s2a_fx.passes.base import Pass, a_weight, building_like, require_not_negative, require_positive
 
 _ADDS = (operator.add, operator.iadd, torch.add, "add", "add_")
 
@@ -235,6 +236,6 @@ def _read_through(
     """Let `readers` read `prompt(value)` in the place of `value`; `inside`: it belongs to the module that they belong to."""
     with gm.graph.inserting_before(min(readers)):
         path = free_path(gm, parent, "visual_prompt")
-        call = call_inserted(gm, path, prompt, (value,), like=min(readers) if inside else None)
+        call = insert_call(gm, path, prompt, (value,), like=min(readers) if inside else None)
     for reader in readers:
         reader.replace_input_with(value, call)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from s2a_fx.analysis.flow import attribute, eliminate_dead_code
+from s2a_fx.graph.flow import attribute, eliminate_dead_code
 from s2a_fx.nn.coded import CONVOLUTIONS
 from s2a_fx.nn.ghost import can_be_ghost
 

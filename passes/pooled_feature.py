@@ -2,10 +2,10 @@
 
 from torch import fx
 
-from s2a_fx.analysis.head import last_feature
-from s2a_fx.analysis.layout import Layout, layout_of
-from s2a_fx.analysis.shapes import propagate
 from s2a_fx.errors import PassError
+from s2a_fx.graph.heads import last_feature
+from s2a_fx.graph.layout import Layout, layout_of
+from s2a_fx.graph.shapes import propagate
 from s2a_fx.passes.base import Pass
 
 

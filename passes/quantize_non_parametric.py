@@ -27,9 +27,10 @@ import torch
 from torch import fx, nn
 
 from s2a_fx.analysis.non_parametric import NonParametric, non_parametric, product_with_values
-from s2a_fx.analysis.notes import add_note
 from s2a_fx.analysis.saved import SavedTensor, is_activation, saved_tensors
 from s2a_fx.errors import InputError
+from s2a_fx.graph.edit import replace_node
+from s2a_fx.graph.metadata import add_note
 from s2a_fx.nn.quantized import (
     QuantizedAttention,
     QuantizedGELU,
@@ -39,7 +40,7 @@ from s2a_fx.nn.quantized import (
     QuantizedSoftmaxMatmul,
 )
 from s2a_fx.ops.bits import BITS
-from s2a_fx.passes.base import Pass, replaced
+from s2a_fx.passes.base import Pass
 
 _HIDDEN = ("GeluBackward", "SiluBackward", "ReluBackward", "SoftmaxBackward", "ScaledDotProduct")
 
@@ -129,7 +130,7 @@ def _other_holder(rows: list[SavedTensor], own: set[str]) -> str | None:
 
 def _substitute(gm: fx.GraphModule, node: fx.Node, module: nn.Module, operands: tuple[fx.Node, ...]) -> fx.Node:
     sole = node.op == "call_module" and sum(other.target == node.target for other in gm.graph.nodes) == 1
-    return replaced(gm, node, module, operands, str(node.target) if sole else None)
+    return replace_node(gm, node, module, operands, str(node.target) if sole else None)
 
 
 def _shape(node: fx.Node) -> torch.Size:

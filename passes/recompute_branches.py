@@ -14,16 +14,17 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from s2a_fx.analysis.flow import trained_nodes
 from s2a_fx.analysis.normalized_branches import NormalizedBranch, normalized_branches
-from s2a_fx.analysis.notes import add_note
-from s2a_fx.analysis.provenance import owner_path
 from s2a_fx.codecs.packing import MULTIPLE
 from s2a_fx.codecs.rows import Rows
 from s2a_fx.errors import InputError
+from s2a_fx.graph.edit import free_path, insert_call, snake_case
+from s2a_fx.graph.flow import trained_nodes
+from s2a_fx.graph.metadata import add_note
+from s2a_fx.graph.provenance import owner_path
+from s2a_fx.nn.ghost import extract_bodies
 from s2a_fx.nn.recomputed_branch import RecomputedBranch
-from s2a_fx.passes.base import Pass, call_inserted, free_path, snake_case
-from s2a_fx.passes.subgraphs import lifted
+from s2a_fx.passes.base import Pass
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class RecomputeBranches(Pass):
         return _kind(branch) in self.kinds and (not self.widest or width <= self.widest)
 
     def _replace(self, gm: fx.GraphModule, branch: NormalizedBranch) -> None:
-        body, backward_body = lifted(gm, branch.nodes, (branch.norm, *branch.operands), branch.tail)
+        body, backward_body = extract_bodies(gm, branch.nodes, (branch.norm, *branch.operands), branch.tail)
         width = branch.norm.meta["val"].shape[-1]
         module = RecomputedBranch(branch.rule, body, backward_body, self.bits, self._group(width), self._images(branch))
         with gm.graph.inserting_before(branch.norm):
@@ -84,7 +85,7 @@ class RecomputeBranches(Pass):
                     del node.meta["val"]
         with gm.graph.inserting_before(branch.output):
             path = free_path(gm, owner_path(branch.norm), snake_case(RecomputedBranch))
-            call = call_inserted(gm, path, module, (branch.source, *parameters, *branch.operands), like=branch.norm)
+            call = insert_call(gm, path, module, (branch.source, *parameters, *branch.operands), like=branch.norm)
         call.meta["val"] = branch.output.meta["val"]
         branch.output.replace_all_uses_with(call)
         for node in (*reversed(branch.nodes), branch.norm):

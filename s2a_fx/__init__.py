@@ -11,10 +11,11 @@ Passes are in `s2a_fx.passes`, analyses in `s2a_fx.analysis`, recipes in `s2a_fx
 from s2a_fx.analyze import analyze, compare
 from s2a_fx.errors import AdapterError, InputError, PassError, S2AError, ShapeError, TraceError
 from s2a_fx.finalize import finalize
+from s2a_fx.graph.capture import trace
+from s2a_fx.graph.inputs import Inputs
 from s2a_fx.recipes import RECIPES
 from s2a_fx.report import Comparison, MemoryReport
 from s2a_fx.tasks.adapter import TaskAdapter, load_adapter, read_adapter, save_adapter
-from s2a_fx.trace import trace
 from s2a_fx.transform import transform
 from s2a_fx.version import __version__
 
@@ -23,6 +24,7 @@ __all__ = [
     "AdapterError",
     "Comparison",
     "InputError",
+    "Inputs",
     "MemoryReport",
     "PassError",
     "S2AError",

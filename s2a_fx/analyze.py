@@ -7,19 +7,20 @@ import torch
 from torch import fx, nn
 
 from s2a_fx.analysis.device import device_model
-from s2a_fx.analysis.fake import traced_inputs
 from s2a_fx.analysis.full_width import full_width_notes
 from s2a_fx.analysis.ledger import StepRecord
-from s2a_fx.analysis.notes import notes_of
 from s2a_fx.analysis.paper import paper_bytes
 from s2a_fx.analysis.peak import peak, timeline
 from s2a_fx.analysis.saved import is_activation, saved_tensors
 from s2a_fx.analysis.simulation import simulate
 from s2a_fx.errors import InputError, PassError
 from s2a_fx.fork_map import fork_map
+from s2a_fx.graph.capture import trace
+from s2a_fx.graph.fake import traced_inputs
+from s2a_fx.graph.metadata import base_parameters, notes_of
+from s2a_fx.graph.torch_internals import neutral_state
 from s2a_fx.recipes import GraphPass, name_of, resolve
 from s2a_fx.report import Comparison, MemoryReport, Refusal
-from s2a_fx.trace import base_parameters, trace
 from s2a_fx.transform import transform
 
 Loss = Callable[[Any], torch.Tensor]
@@ -28,9 +29,10 @@ MakeOptimizer = Callable[..., torch.optim.Optimizer]
 MODES = ("eager", "compile")
 
 
+@neutral_state()
 def analyze(
     model: nn.Module,
-    example_inputs: torch.Tensor | Sequence[torch.Tensor],
+    example_inputs: Any,
     *,
     device: str = "cpu",
     optimizer: str | MakeOptimizer | None = "adamw",
@@ -43,7 +45,7 @@ def analyze(
     Args:
         model: any traceable module, or the result of `transform`; its weights real, fake or on the `meta` device. What trains is
             what has `requires_grad`.
-        example_inputs: a tensor or a sequence of tensors of the training size, real, fake or meta.
+        example_inputs: what the model is called with, of the training size: see `transform`.
         device: `cpu` or `cuda`: whose kernels and allocator to assume.
         optimizer: `adamw`, `adam`, `sgd`, a function from parameters to an optimizer, or None.
         loss: from the model's output to a scalar; left out, cross-entropy for outputs of shape (batch, classes).
@@ -59,9 +61,10 @@ def analyze(
     return _report(gm, name or type(model).__name__, "as given", device, optimizer, loss, mode)
 
 
+@neutral_state()
 def compare(
     model: nn.Module,
-    example_inputs: torch.Tensor | Sequence[torch.Tensor],
+    example_inputs: Any,
     recipes: Sequence[str | Sequence[GraphPass]] = ("full", "bias", "s2a"),
     *,
     device: str = "cpu",
@@ -95,14 +98,13 @@ def compare(
     if not modes or len(set(modes)) < len(modes):
         raise InputError(f"modes: got {', '.join(modes) or 'none'}, wanted at least one of {', '.join(MODES)}, each once.")
     gm = trace(model, example_inputs)
-    inputs = traced_inputs(gm)
     called = name or type(model).__name__
 
     def report(step: tuple[str | Sequence[GraphPass], str]) -> MemoryReport | Refusal:
         recipe, mode = step
         title = name_of(recipe) if mode == "eager" else f"{name_of(recipe)}, compiled"
         try:
-            return _report(transform(gm, inputs, recipe), called, title, device, optimizer, loss, mode)
+            return _report(transform(gm, example_inputs, recipe), called, title, device, optimizer, loss, mode)
         except PassError as error:
             if not tell_refusals:
                 raise

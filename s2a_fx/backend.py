@@ -15,8 +15,8 @@ import torch
 from torch import fx
 from torch._dynamo import lookup_backend
 
-from s2a_fx.dynamo_graph import State, Unraisable, raised
 from s2a_fx.errors import InputError
+from s2a_fx.graph.dynamo_modules import State, Unraisable, raised
 from s2a_fx.nn.recompute import Recomputed
 from s2a_fx.passes import CompressActivations
 from s2a_fx.recipes import COMPRESS, GraphPass, resolve

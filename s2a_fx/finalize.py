@@ -18,14 +18,14 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import fx, nn
 
-from s2a_fx.analysis.flow import attribute, eliminate_dead_code, writes
 from s2a_fx.errors import InputError
+from s2a_fx.graph.capture import share_weights
+from s2a_fx.graph.edit import free_path
+from s2a_fx.graph.flow import attribute, eliminate_dead_code, writes
 from s2a_fx.nn.ghost import has_hooks
 from s2a_fx.nn.recompute import Recomputed
-from s2a_fx.passes.base import free_path
 from s2a_fx.passes.merge_low_rank import merge_low_rank
 from s2a_fx.sharded import is_spread
-from s2a_fx.trace import share_weights
 
 _DROPS = (
     nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout, DropPath,
@@ -45,8 +45,7 @@ def finalize(gm: fx.GraphModule) -> fx.GraphModule:
         its batch dynamic.
 
     Raises:
-        InputError: `gm` is no graph module, is spread over processes, has hooks where plain operators take its place, or has train
-            mode baked in: it draws, or uses the batch's statistics.
+        InputError: `gm` is no graph module, is spread over processes, or has hooks where plain operators take its place.
     """
     if not isinstance(gm, fx.GraphModule):
         raise InputError(
@@ -57,13 +56,8 @@ def finalize(gm: fx.GraphModule) -> fx.GraphModule:
         raise InputError(
             "the weights are spread over processes (FSDP2); save_adapter() there, load_adapter() in one process, finalize that."
         )
-    baked = [node.name for node in gm.graph.nodes if _has_train_mode_baked_in(node)]
-    if baked:
-        raise InputError(
-            f"{baked[0]}: torch.export traced the model and baked its train mode in; finalize a model that torch.fx can follow."
-        )
     owned: Any = share_weights(gm)
-    nn.Module.eval(owned)  # that of an exported graph refuses
+    nn.Module.eval(owned)  # that of a graph of torch.export refuses
     owned.requires_grad_(False)
     with torch.no_grad():
         plain = _written(owned, type(gm).__name__)
@@ -74,18 +68,6 @@ def finalize(gm: fx.GraphModule) -> fx.GraphModule:
     plain.delete_all_unused_submodules()
     plain.recompile()
     return plain.eval()
-
-
-def _has_train_mode_baked_in(node: fx.Node) -> bool:
-    """Whether torch.export wrote down an operator that trains: dropout in any spelling, batch statistics."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return False
-    names = [argument.name for argument in node.target._schema.arguments]
-    given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-    for switch in ("train", "training", "dropout_p"):
-        if switch in names:
-            return bool(given.get(switch, False))
-    return torch.Tag.nondeterministic_seeded in node.target.tags
 
 
 def _written(gm: Any, name: str) -> fx.GraphModule:

@@ -7,13 +7,15 @@ from typing import Any
 
 from tabulate import tabulate
 
-from s2a_fx.analysis.head import head_paths
 from s2a_fx.analysis.paper import paper_bytes
 from s2a_fx.analysis.peak import peak, timeline
 from s2a_fx.analysis.saved import is_activation, saved_tensors
 from s2a_fx.analysis.simulation import simulate
 from s2a_fx.errors import PassError
 from s2a_fx.fork_map import fork_map
+from s2a_fx.graph.capture import trace
+from s2a_fx.graph.heads import head_paths
+from s2a_fx.graph.metadata import base_parameters
 from s2a_fx.paper_figures import (
     ACCURACIES,
     BACKBONES,
@@ -29,7 +31,6 @@ from s2a_fx.paper_figures import (
 )
 from s2a_fx.recipes import RECIPES
 from s2a_fx.report import Refusal
-from s2a_fx.trace import base_parameters, trace
 from s2a_fx.transform import transform
 from s2a_fx.zoo import timm_model
 

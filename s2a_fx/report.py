@@ -10,9 +10,9 @@ from typing import Any
 
 from tabulate import tabulate
 
-from s2a_fx.analysis.notes import Note
 from s2a_fx.analysis.peak import KINDS, Moment
 from s2a_fx.analysis.saved import SavedTensor, is_activation
+from s2a_fx.graph.metadata import Note
 
 MB = 10**6
 

@@ -1,19 +1,21 @@
 """`transform`: a model and a recipe make a trainable module."""
 
 from collections.abc import Sequence
+from typing import Any
 
-import torch
 from torch import fx, nn
 
 from s2a_fx.errors import InputError
+from s2a_fx.graph.capture import trace
+from s2a_fx.graph.torch_internals import neutral_state
 from s2a_fx.recipes import GraphPass, resolve, spelled
 from s2a_fx.tasks.origin import note_origin
-from s2a_fx.trace import trace
 
 
+@neutral_state()
 def transform(
     model: nn.Module,
-    example_inputs: torch.Tensor | Sequence[torch.Tensor],
+    example_inputs: Any,
     recipe: str | Sequence[GraphPass] = "s2a",
 ) -> fx.GraphModule:
     """Trace `model` and apply the passes of `recipe`.
@@ -21,7 +23,8 @@ def transform(
     Args:
         model: any traceable module. It is left as it is, `requires_grad` and mode included; the result shares the storages of
             its weights, so that training the result changes the values that both see.
-        example_inputs: what the model is called with, of the size that it will train on: a tensor or a sequence of tensors.
+        example_inputs: what the model is called with, of the size that it will train on: a tensor, a tuple of positional arguments,
+            a dict of keyword arguments, or `s2a_fx.Inputs(*args, **kwargs)`. Arguments are pytrees of tensors and constants.
         recipe: a name (see `s2a_fx.RECIPES`) or a sequence of passes.
 
     Returns:

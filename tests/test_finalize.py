@@ -15,8 +15,9 @@ from timm.layers import DropPath
 from torch import nn
 
 import s2a_fx
+from s2a_fx.graph.edit import replace_node
 from s2a_fx.passes import CompressActivations, FreezeWeights, InsertLoRA, InsertLowRankPrompt, QuantizeNonParametric
-from s2a_fx.passes.base import Pass, replaced
+from s2a_fx.passes.base import Pass
 
 RECIPES = ["s2a", "s2a-max", "s2a-paper", "lora+compress", "adapter", "vpt", "unipt", "lst", "bias+checkpoint"]
 OPTIONS = {
@@ -242,7 +243,7 @@ def test_a_module_of_one_s_own_says_what_it_is_at_inference(vit):
     class Triple(Pass):
         def rewrite(self, gm):
             node = next(n for n in gm.graph.nodes if n.target == "head_drop")
-            return bool(replaced(gm, node, Tripled(), node.args))
+            return bool(replace_node(gm, node, Tripled(), node.args))
 
     model, x = vit
     gm = s2a_fx.transform(model, x, (Triple(),)).eval()
@@ -264,7 +265,7 @@ class Attention(nn.Module):
 
 
 class Branches(nn.Module):
-    """A model that torch.fx cannot follow, and torch.export can."""
+    """A model that torch.fx cannot follow, and Dynamo can."""
 
     def __init__(self, layer):
         super().__init__()
@@ -274,20 +275,11 @@ class Branches(nn.Module):
         return self.head(self.layer(x if x.shape[1:].numel() > 3 and len(x.shape) == 2 and not torch.is_complex(x) else -x))
 
 
-def traced_by_export(layer):
-    with pytest.warns(UserWarning, match=r"torch\.export"):
-        return s2a_fx.transform(Branches(layer), torch.randn(2, 4), "full")
-
-
 @pytest.mark.parametrize("layer", [nn.Dropout(0.5), DropPath(0.5), nn.BatchNorm1d(4), Attention()], ids=lambda m: type(m).__name__)
-def test_a_model_with_train_mode_baked_in_is_refused(layer):
-    with pytest.raises(s2a_fx.InputError, match="baked"):
-        s2a_fx.finalize(traced_by_export(layer))
-
-
-def test_an_exported_model_that_does_the_same_in_both_modes_is_finalized():
-    gm, x = traced_by_export(nn.Sequential(nn.LayerNorm(4), nn.GELU())), torch.randn(3, 4)
-    assert_equal_outputs(s2a_fx.finalize(gm)(x), gm(x))
+def test_a_model_that_dynamo_captured_is_finalized(layer):
+    model, x = Branches(layer), torch.randn(3, 4)
+    gm = s2a_fx.transform(model, x, "full")
+    assert_equal_outputs(s2a_fx.finalize(gm)(x), model.eval()(x))
 
 
 class Counting(nn.Module):

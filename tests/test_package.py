@@ -20,6 +20,7 @@ ORDER = [
     "cgroups",
     "usable_cores",
     "sharded",
+    "graph",
     "fusion",
     "codecs",
     "ops",
@@ -28,14 +29,13 @@ ORDER = [
     "passes",
     "recipes",
     "tasks",
-    "trace",
     "report",
     "zoo",
     "fork_map",
     "transform",
     "finalize",
 ]
-ORDER += ["dynamo_graph", "backend", "inductor", "html", "analyze", "paper_figures", "paper_tables", "arguments", "finetune", "cli"]
+ORDER += ["backend", "inductor", "html", "analyze", "paper_figures", "paper_tables", "arguments", "finetune", "cli"]
 
 
 def _imports(path: Path) -> set[str]:

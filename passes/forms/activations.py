@@ -9,9 +9,9 @@ from torch import fx
 
 from s2a_fx.analysis.activations import activation
 from s2a_fx.analysis.non_parametric import dropout_probability
+from s2a_fx.graph.edit import replace_node
 from s2a_fx.nn.coded import CodedActivation, CodedDropout, MaskedActivation
 from s2a_fx.ops.activation import BINNED
-from s2a_fx.passes.base import replaced
 
 
 def serves_binned(gm: fx.GraphModule, node: fx.Node) -> bool:
@@ -31,7 +31,7 @@ def replace_activation(gm: fx.GraphModule, node: fx.Node, bits: int) -> None:
     found = activation(gm, node)
     assert found is not None
     module = CodedActivation(found.name, bits) if found.name in BINNED else MaskedActivation(found.name, found.options)
-    call = replaced(gm, node, module, (found.operand,))
+    call = replace_node(gm, node, module, (found.operand,))
     if found.inplace:  # later readers of the operand meant the overwritten one
         found.operand.replace_all_uses_with(call, delete_user_cb=lambda user: user > call)
 
@@ -45,4 +45,4 @@ def replace_dropout(gm: fx.GraphModule, node: fx.Node, bits: int) -> None:
     """Replace the dropout by the form that keeps one bit an element."""
     probability = dropout_probability(gm, node)
     assert probability is not None
-    replaced(gm, node, CodedDropout(probability), (node.all_input_nodes[0],))
+    replace_node(gm, node, CodedDropout(probability), (node.all_input_nodes[0],))

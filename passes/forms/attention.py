@@ -13,12 +13,12 @@ import operator
 import torch
 from torch import fx
 
-from s2a_fx.analysis.flow import dependent_nodes, trained_nodes
 from s2a_fx.analysis.non_parametric import NonParametric, non_parametric
+from s2a_fx.graph.edit import replace_node
+from s2a_fx.graph.flow import dependent_nodes, trained_nodes
 from s2a_fx.nn.coded_attention import CodedAttention
 from s2a_fx.nn.coded_input import GROUP, WHOLE, Parts
 from s2a_fx.nn.recompute import of_each_part
-from s2a_fx.passes.base import replaced
 from s2a_fx.passes.forms.inputs import is_float, replace_by_coded_input
 from s2a_fx.passes.fuse_attention import zero_scores
 
@@ -112,4 +112,4 @@ def replace_map(gm: fx.GraphModule, node: fx.Node, bits: int) -> None:
     of_one = query[:1].numel() // query.shape[-1] * key.shape[-2] * 3 * 4  # the map, its gradient, and their product, float32
     packable = all(o.meta["val"][:1].numel() % GROUP == 0 for o in layer.operands[:3])
     images = of_each_part(of_one) if packable and of_one else 0
-    replaced(gm, node, CodedAttention(layer.options["scale"], layer.options["is_causal"], bits, images), layer.operands)
+    replace_node(gm, node, CodedAttention(layer.options["scale"], layer.options["is_causal"], bits, images), layer.operands)

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from s2a_fx.graph.edit import replace_node
 from s2a_fx.nn.coded import FrozenConvolution
 from s2a_fx.nn.coded_norms import CodedMaxPool, pair
 from s2a_fx.nn.ghost import can_be_ghost
 from s2a_fx.ops.max_pool import LARGEST
-from s2a_fx.passes.base import replaced
 
 _POOLINGS = (F.max_pool2d, torch.max_pool2d)
 
@@ -34,7 +34,7 @@ def replace_frozen_convolution(gm: fx.GraphModule, node: fx.Node, bits: int) -> 
         weight = gm.graph.get_attr(f"{node.target}.weight")
         bias = None if module.bias is None else gm.graph.get_attr(f"{node.target}.bias")
     frozen = FrozenConvolution(module.stride, module.padding, module.dilation, module.groups)
-    replaced(gm, node, frozen, (node.all_input_nodes[0], weight, bias))
+    replace_node(gm, node, frozen, (node.all_input_nodes[0], weight, bias))
 
 
 def _convolution(gm: fx.GraphModule, node: fx.Node) -> Any:
@@ -51,7 +51,7 @@ def replace_max_pool(gm: fx.GraphModule, node: fx.Node, bits: int) -> None:
     """Replace the pooling by its coded form; the bits follow from the window."""
     module = max_pooling(gm, node)
     assert module is not None
-    replaced(gm, node, module, (node.all_input_nodes[0],))
+    replace_node(gm, node, module, (node.all_input_nodes[0],))
 
 
 def max_pooling(gm: fx.GraphModule, node: fx.Node) -> CodedMaxPool | None:

@@ -5,14 +5,13 @@ from collections.abc import Sequence
 import torch
 from torch import fx, nn
 
-from s2a_fx.analysis.flow import IN_PLACE, dependent_nodes
 from s2a_fx.analysis.normalized_branches import runs_once
-from s2a_fx.analysis.provenance import module_stack, owner_path
+from s2a_fx.graph.edit import free_path, insert_call, snake_case
+from s2a_fx.graph.flow import IN_PLACE, dependent_nodes
+from s2a_fx.graph.provenance import module_stack, owner_path
 from s2a_fx.nn.coded_input import WHOLE, CodedInput, Parts
-from s2a_fx.nn.ghost import can_be_ghost
+from s2a_fx.nn.ghost import can_be_ghost, extract_bodies
 from s2a_fx.nn.lite_side_branch import LiteSideBlock
-from s2a_fx.passes.base import call_inserted, free_path, snake_case
-from s2a_fx.passes.subgraphs import lifted
 
 
 def serves_input(gm: fx.GraphModule, node: fx.Node) -> bool:
@@ -49,12 +48,12 @@ def replace_by_coded_input(
     dependent = dependent_nodes(gm)
     wide = [o for o in outside if o in dependent and is_float(o)]
     operands = (*wide, *(o for o in outside if o not in wide))
-    body, backward_body = lifted(gm, nodes, operands, _ghost(gm, nodes[-1]))
+    body, backward_body = extract_bodies(gm, nodes, operands, _ghost(gm, nodes[-1]))
     places = tuple(index for index, operand in enumerate(wide) if operand in centered)
     module = CodedInput(body, backward_body, len(wide), bits, places, parts)
     with gm.graph.inserting_before(nodes[-1]):
         path = free_path(gm, owner_path(nodes[-1]), snake_case(CodedInput))
-        call = call_inserted(gm, path, module, operands, like=nodes[-1])
+        call = insert_call(gm, path, module, operands, like=nodes[-1])
     call.meta["val"] = nodes[-1].meta["val"]
     nodes[-1].replace_all_uses_with(call)
     for node in reversed(nodes):

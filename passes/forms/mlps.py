@@ -13,10 +13,10 @@ from torch import fx, nn
 from s2a_fx.analysis.activations import activation
 from s2a_fx.analysis.non_parametric import dropout_probability
 from s2a_fx.codecs.packing import MULTIPLE
+from s2a_fx.graph.edit import replace_node
 from s2a_fx.nn.coded_mlp import CodedMLP
 from s2a_fx.nn.ghost import can_be_ghost, has_hooks
 from s2a_fx.ops.activation import BINNED
-from s2a_fx.passes.base import replaced
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def replace_mlp(gm: fx.GraphModule, node: fx.Node, bits: int) -> None:
     with gm.graph.inserting_before(mlp.first):
         parameters = [_parameter(gm, layer, name) for layer in (mlp.first, mlp.second) for name in ("weight", "bias")]
     operands = (mlp.first.all_input_nodes[0], *parameters)
-    replaced(gm, mlp.second, CodedMLP(mlp.name, bits), operands, before=mlp.first)
+    replace_node(gm, mlp.second, CodedMLP(mlp.name, bits), operands, before=mlp.first)
     for left in (*reversed(mlp.between), mlp.first):
         gm.graph.erase_node(left)
 

@@ -14,11 +14,11 @@ from timm.layers import BatchNormAct2d
 from torch import fx, nn
 
 from s2a_fx.analysis.normalized_branches import normalization
-from s2a_fx.analysis.provenance import module_stack
 from s2a_fx.codecs.packing import MULTIPLE
+from s2a_fx.graph.edit import replace_node
+from s2a_fx.graph.provenance import module_stack
 from s2a_fx.nn.coded import CodedLayerNorm
 from s2a_fx.nn.coded_norms import BATCH_NORMS, CodedBatchNorm, taking_over
-from s2a_fx.passes.base import replaced
 
 
 def serves_layer_norm(gm: fx.GraphModule, node: fx.Node) -> bool:
@@ -33,7 +33,7 @@ def replace_layer_norm(gm: fx.GraphModule, node: fx.Node, bits: int) -> None:
     rule, *names = found
     with gm.graph.inserting_before(node):
         parameters = [name and gm.graph.get_attr(name) for name in names]
-    replaced(gm, node, CodedLayerNorm(rule.eps, rule.centered, bits), (node.all_input_nodes[0], *parameters))
+    replace_node(gm, node, CodedLayerNorm(rule.eps, rule.centered, bits), (node.all_input_nodes[0], *parameters))
 
 
 def open_norm_activations(gm: fx.GraphModule) -> bool:

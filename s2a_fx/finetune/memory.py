@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from s2a_fx.analysis.blocks import residual_blocks
 from s2a_fx.analyze import compare
 from s2a_fx.finetune.distributed import Processes
 from s2a_fx.finetune.model import batch_norms, build_model, data_config
@@ -15,9 +14,10 @@ from s2a_fx.finetune.objective import make_loss, make_optimizer
 from s2a_fx.finetune.options import FinetuneOptions
 from s2a_fx.finetune.steps import Precision
 from s2a_fx.finetune.units import make_units
+from s2a_fx.graph.capture import trace
+from s2a_fx.graph.structure import residual_blocks
 from s2a_fx.recipes import GraphPass
 from s2a_fx.report import MB, MemoryReport
-from s2a_fx.trace import trace
 from s2a_fx.transform import transform
 from s2a_fx.zoo import on_meta
 

@@ -10,7 +10,6 @@ import torch
 from timm.utils import random_seed
 from torch import nn
 
-from s2a_fx.analysis.blocks import residual_blocks
 from s2a_fx.errors import InputError, PassError
 from s2a_fx.finetune.checkpoint import BEST, LAST, TASK, Epoch, Position, State, require
 from s2a_fx.finetune.claim import LOCK, claimed
@@ -25,10 +24,11 @@ from s2a_fx.finetune.options import FinetuneOptions
 from s2a_fx.finetune.steps import Precision
 from s2a_fx.finetune.training import Say, Training
 from s2a_fx.finetune.workers import check_workers
+from s2a_fx.graph.capture import trace
+from s2a_fx.graph.structure import residual_blocks
 from s2a_fx.recipes import resolve
 from s2a_fx.report import MB
 from s2a_fx.tasks.base_digests import digests, fingerprint
-from s2a_fx.trace import trace
 from s2a_fx.transform import transform
 from s2a_fx.whole_file import destination
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from s2a_fx.analysis.provenance import module_stack
+from s2a_fx.graph.provenance import module_stack
 from s2a_fx.nn.recompute import Recomputed
 
 UNITS = "fsdp_units"

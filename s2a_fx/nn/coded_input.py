@@ -13,7 +13,7 @@ from torch import fx
 
 from s2a_fx.codecs.rows import Coded, Rows
 from s2a_fx.nn.compiled import DecodedRows, recomputed
-from s2a_fx.nn.recompute import Circumstances, Recomputed, detached, needs_grad, parts, refuse_second_derivative
+from s2a_fx.nn.recompute import Recomputed, ReplayState, detached, needs_grad, parts, refuse_second_derivative
 from s2a_fx.ops import flat
 
 GROUP = 64
@@ -122,9 +122,9 @@ class _CodedInput(torch.autograd.Function):
             codes += module._encoded(index, x)
             channels_last = flat.is_channels_last(x) and index not in module.centered
             ctx.layouts.append(_Layout(x.shape, x.dtype, channels_last, x.requires_grad))
-        ctx.circumstances = Circumstances(*tensors)
+        ctx.state = ReplayState(module.body, *tensors)
         out = _output(module, arguments, _parts(module.parts, ctx.layouts) if module.parts.forward else WHOLE)
-        ctx.circumstances.drawn()
+        ctx.state.forget_unused()
         operands = arguments[module.activations :]
         ctx.saved_names = ("codes", "ranges") * module.activations + ("operand",)
         ctx.save_for_backward(*codes, *(t for t in operands if isinstance(t, torch.Tensor)))
@@ -142,13 +142,13 @@ class _CodedInput(torch.autograd.Function):
         wide = sum(layout.needs_grad for layout in ctx.layouts)
         total: list[torch.Tensor | None] | None = None
         wanted = _parts(module.parts, ctx.layouts)
-        with ctx.circumstances.replayed():
+        with ctx.state.replay():
             for start, part in parts(grad, wanted.images, wanted.together):
                 place = (start, part.shape[0])
                 inputs = [_decoded(module.codec, *each, place) for each in zip(codes, ctx.layouts, strict=True)]
                 leaves = [t for t in inputs if t.requires_grad]
                 others = [t for t in operands if isinstance(t, torch.Tensor) and t.requires_grad]
-                with torch.enable_grad(), ctx.circumstances.autocast():
+                with torch.enable_grad(), ctx.state.autocast():
                     result = module.backward_body(*inputs, *operands)
                 found = torch.autograd.grad(result, (*leaves, *others, *trained), part, allow_unused=True)
                 del result, inputs, leaves
@@ -158,7 +158,8 @@ class _CodedInput(torch.autograd.Function):
         gradients = iter(total)
         of_inputs = [next(gradients) if layout.needs_grad else None for layout in ctx.layouts]
         of_operands = [next(gradients) if isinstance(t, torch.Tensor) and t.requires_grad else None for t in operands]
-        return None, None, *of_inputs, *of_operands, *gradients
+        of_trained = [next(gradients) if p.requires_grad else None for p in ctx.trained]
+        return None, None, *of_inputs, *of_operands, *of_trained
 
 
 def _parts(wanted: Parts, layouts: Sequence[_Layout]) -> Parts:

@@ -1,10 +1,13 @@
 """Layers without a forward: what is computed again for its gradients does not need the values of its last layer."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import timm.layers
 import torch
-from torch import nn
+from torch import fx, nn
+
+from s2a_fx.graph.edit import extract_region
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -76,3 +79,18 @@ class _GhostConvolution(torch.autograd.Function):
         )  # fmt: skip
         kinds = (x.dtype, weight.dtype, weight.dtype)
         return *(None if g is None else g.to(kind) for g, kind in zip(gradients, kinds, strict=True)), None, None, None, None
+
+
+def extract_bodies(
+    gm: fx.GraphModule, nodes: Sequence[fx.Node], operands: Sequence[fx.Node], tail: fx.Node | None
+) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """The function from `operands` to the last of `nodes`; and the same with the layer `tail` as a `Ghost`, for the backward."""
+    body, _ = extract_region(gm, nodes, operands)
+    if tail is None:
+        return body, body
+    backward_body, copies = extract_region(gm, nodes, operands)
+    backward_body.add_submodule("ghost", Ghost(gm.get_submodule(str(tail.target))))
+    copies[tail].target = "ghost"
+    backward_body.delete_all_unused_submodules()
+    backward_body.recompile()
+    return body, backward_body

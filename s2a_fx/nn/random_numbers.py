@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from s2a_fx.nn.training_switch import TrainingSwitch
+from s2a_fx.graph.training_switch import TrainingSwitch
 
 _ATTENTION = (F.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default)
 

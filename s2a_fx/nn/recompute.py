@@ -8,29 +8,27 @@ import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from s2a_fx.graph import torch_internals
+from s2a_fx.graph.regions import Region
 from s2a_fx.nn.random_numbers import may_draw
 
 PART_BYTES = 24 * 10**6
 """What the wide tensors of a part may take: smaller parts cost time, larger ones stand in the peak."""
 
 
-class Recomputed(nn.Module):
+class Recomputed(Region):
     """Base of the modules that stand for a part of the model and run it again in the backward.
 
     Args:
         body: the part, from all arguments to its output.
         backward_body: the same, its last layer a `Ghost` where its values are not needed.
 
-    The modules that the bodies call stay registered where they are in the model, under their one name in the state dict: this
-    module refers to them, and owns none.
     """
 
-    body: fx.GraphModule
     backward_body: fx.GraphModule
 
     def __init__(self, body: fx.GraphModule, backward_body: fx.GraphModule) -> None:
-        super().__init__()
-        self.__dict__.update(body=body, backward_body=backward_body)
+        super().__init__(body=body, backward_body=backward_body)
         self.draws = any(may_draw(body, node) for node in body.graph.nodes)
 
     def run_at_once(self) -> None:
@@ -41,50 +39,89 @@ class Recomputed(nn.Module):
         """What the body is called with: `body(*of_body(*arguments))` is this module without its backward."""
         return arguments
 
-    def trained(self) -> list[nn.Parameter]:
-        """The part's parameters that train."""
-        return [p for p in self.body.parameters() if p.requires_grad]
-
 
 def needs_grad(*values: Any) -> bool:
     """Whether a gradient is asked for of any of the values that is a tensor."""
     return torch.is_grad_enabled() and any(isinstance(v, torch.Tensor) and v.requires_grad for v in values)
 
 
-class Circumstances:
-    """What a forward on `values`, a tensor among them, ran in, to run it again: autocast, and the random numbers that it drew.
+class ReplayState:
+    """What a region's forward ran with, to run it again: weights, modes, autocast, and the random numbers that it drew.
 
-    Made before the forward; `drawn` after it forgets the generators' states if nothing was drawn. Fake tensors draw nothing.
+    Made before the forward; `forget_unused` after it drops the generators' states if nothing was drawn. Fake tensors draw nothing.
+
+    Args:
+        region: the region's forward.
+        values: its operands, a tensor among them.
     """
 
-    def __init__(self, *values: Any) -> None:
+    def __init__(self, region: nn.Module, *values: Any) -> None:
         x = next(v for v in values if isinstance(v, torch.Tensor))
         self.device = x.device
+        self._weights = WeightState(region)
         self._autocast = torch.is_autocast_enabled(x.device.type), torch.get_autocast_dtype(x.device.type)
         self._states = None if isinstance(x, FakeTensor) else _random_states(x.device)
 
-    def drawn(self) -> None:
+    def forget_unused(self) -> None:
         """Say that the forward is over."""
         if self._states is not None and all(map(torch.equal, self._states, _random_states(self.device))):
             self._states = None
 
     @contextmanager
-    def replayed(self) -> Iterator[None]:
-        """Inside, what was drawn is drawn again; the generators are left as they were."""
-        if self._states is None:
-            yield
-            return
-        present = _random_states(self.device)
-        _set_random_states(self._states, self.device)
-        try:
-            yield
-        finally:
-            _set_random_states(present, self.device)
+    def replay(self) -> Iterator[None]:
+        """Inside, weights and modes are those of the forward, and what was drawn is drawn again; all is afterwards as before."""
+        with self._weights.restore():
+            if self._states is None:
+                yield
+                return
+            present = _random_states(self.device)
+            _set_random_states(self._states, self.device)
+            try:
+                yield
+            finally:
+                _set_random_states(present, self.device)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Autocast as it was."""
         enabled, dtype = self._autocast
         return torch.autocast(self.device.type, enabled=enabled, dtype=dtype)
+
+
+class WeightState:
+    """The parameters and modes of a region's modules when its forward ran."""
+
+    def __init__(self, region: nn.Module) -> None:
+        self._modes = [(module, module.training) for module in region.modules()]
+        self._weights = torch_internals.weight_slots(region)
+        self._versions = [torch_internals.version_of(slot.tensor) for slot in self._weights]
+
+    @contextmanager
+    def restore(self) -> Iterator[None]:
+        """Inside, the modules have the parameters and modes of the forward.
+
+        Raises:
+            RuntimeError: a parameter was written to in place since, as torch raises it for a saved tensor.
+        """
+        for slot, version in zip(self._weights, self._versions, strict=True):
+            now = torch_internals.version_of(slot.tensor)
+            if now != version:
+                raise RuntimeError(
+                    "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                    f"parameter {slot.name} of shape {tuple(slot.tensor.shape)} is at version {now}; expected version {version}."
+                )
+        modes = [(module, module.training) for module, mode in self._modes if module.training != mode]
+        others = [(slot, slot.present()) for slot in self._weights if slot.present() is not slot.tensor]
+        for module, mode in modes:
+            module.training = not mode
+        for slot, _ in others:
+            slot.put(slot.tensor)
+        try:
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+            for slot, tensor in others:
+                slot.put(tensor)
 
 
 def _random_states(device: torch.device) -> list[torch.Tensor]:

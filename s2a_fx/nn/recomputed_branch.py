@@ -15,7 +15,7 @@ from torch import fx
 
 from s2a_fx.codecs.rows import Rows
 from s2a_fx.nn.compiled import DecodedNorm, recomputed
-from s2a_fx.nn.recompute import Circumstances, Recomputed, detached, needs_grad, parts, refuse_second_derivative
+from s2a_fx.nn.recompute import Recomputed, ReplayState, detached, needs_grad, parts, refuse_second_derivative
 from s2a_fx.ops.normalize import (
     by_image,
     channel_shift,
@@ -105,7 +105,7 @@ class _RecomputedBranch(torch.autograd.Function):
         weight, bias, *operands = tensors[: 2 + count]
         ctx.branch, ctx.shape, ctx.dtype = branch, x.shape, x.dtype
         ctx.trained = tensors[2 + count :]
-        ctx.circumstances = Circumstances(x)
+        ctx.state = ReplayState(branch.body, x)
         out, codes = None, None
         for start, part in parts(x, branch.images):
             y, mean, rstd = branch.norm(part, weight, bias)
@@ -123,7 +123,7 @@ class _RecomputedBranch(torch.autograd.Function):
             for whole, piece in zip((out, *codes), (result, *coded), strict=True):
                 whole[start : start + part.shape[0]] = piece
             del result, coded, piece
-        ctx.circumstances.drawn()
+        ctx.state.forget_unused()
         assert out is not None and codes is not None
         present = [name for name, t in (("weight", weight), ("bias", bias)) if t is not None]
         ctx.saved_names = ("codes", "ranges", "rstd", "shift", *present, "operand")
@@ -149,12 +149,12 @@ class _RecomputedBranch(torch.autograd.Function):
         added = zero if bias is None else bias.detach().view(1, width)
         grad_x = torch.empty(ctx.shape, dtype=ctx.dtype, device=grad.device) if ctx.needs_input_grad[2] else None
         norm_totals: list[torch.Tensor | None] = [None, None]
-        with ctx.circumstances.replayed():
+        with ctx.state.replay():
             for start, part in parts(grad, branch.images):
                 packed, ranges, rstd, shift = (t[start : start + part.shape[0]] for t in codes)
                 y = normalize_decode(packed, ranges, shift, scale, added, bits, ctx.normalized_dtype)
                 y = y.view(part.shape[0], *ctx.shape[1:]).requires_grad_()
-                with torch.enable_grad(), ctx.circumstances.autocast():
+                with torch.enable_grad(), ctx.state.autocast():
                     result = branch.backward_body(y, *operands)
                 grad_y, *grads = torch.autograd.grad(result, (y, *leaves), part, allow_unused=True)
                 del result
@@ -172,7 +172,8 @@ class _RecomputedBranch(torch.autograd.Function):
                     ).view(part.shape[0], *ctx.shape[1:])
         found = iter(totals)
         of_operands = [next(found) if isinstance(t, torch.Tensor) and t.requires_grad else None for t in operands]
-        return None, None, grad_x, *norm_totals, *of_operands, *found
+        of_trained = [next(found) if p.requires_grad else None for p in ctx.trained]
+        return None, None, grad_x, *norm_totals, *of_operands, *of_trained
 
 
 def _sum(total: torch.Tensor | None, term: torch.Tensor | None) -> torch.Tensor | None:

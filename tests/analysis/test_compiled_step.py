@@ -6,7 +6,7 @@ from saved_bytes import Kept
 from small_models import small_model
 
 import s2a_fx
-from s2a_fx.analysis.provenance import plain_path
+from s2a_fx.graph.provenance import plain_path
 
 
 def kept_by_inductor(gm, x):

@@ -13,7 +13,7 @@ from s2a_fx.cli import main
 from s2a_fx.finetune import Precision, evaluate, finetune, training_steps
 from s2a_fx.finetune.model import build_model
 from s2a_fx.finetune.objective import make_optimizer, no_decay
-from s2a_fx.trace import trace
+from s2a_fx.graph.capture import trace
 
 
 def test_the_loss_falls_and_accuracy_beats_chance(whole_run):

@@ -61,13 +61,13 @@ from pathlib import Path
 import torch
 sys.path.append(sys.argv[1])
 from colours import SMALL, small_run
-from s2a_fx.analysis.blocks import residual_blocks
+from s2a_fx.graph.structure import residual_blocks
 from s2a_fx.analysis.measure import measure_peak_bytes
 from s2a_fx.finetune.distributed import joined, shared, without_sync
 from s2a_fx.finetune.memory import predict
 from s2a_fx.finetune.model import build_model
 from s2a_fx.finetune.objective import make_loss, make_optimizer
-from s2a_fx.trace import trace
+from s2a_fx.graph.capture import trace
 from s2a_fx.transform import transform
 size = {"depth": 6, "embed_dim": 192, "num_heads": 3}
 accumulation = int(sys.argv[4])

@@ -8,15 +8,15 @@ from small_models import SMALL, small_model
 from steps import assert_same
 
 import s2a_fx
-from s2a_fx.analysis.blocks import residual_blocks
 from s2a_fx.finetune.units import make_units
+from s2a_fx.graph.structure import residual_blocks
 
 SHARDS = """
 import torch, torch.distributed as dist
 from small_models import small_model
 from torch.distributed.tensor import DTensor
 import s2a_fx
-from s2a_fx.analysis.blocks import residual_blocks
+from s2a_fx.graph.structure import residual_blocks
 from s2a_fx.finetune.distributed import Processes, shared
 dist.init_process_group("gloo")
 model, x = small_model("vit")

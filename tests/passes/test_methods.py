@@ -12,12 +12,12 @@ from steps import layers, step, ten_steps
 from torch import fx, nn
 
 import s2a_fx
-from s2a_fx.analysis.blocks import residual_blocks, residual_branches
 from s2a_fx.analysis.device import device_model
-from s2a_fx.analysis.head import head_paths, last_feature
 from s2a_fx.analysis.measure import measure_peak_bytes, measure_saved_bytes
-from s2a_fx.analysis.notes import notes_of
 from s2a_fx.analysis.simulation import simulate
+from s2a_fx.graph.heads import head_paths, last_feature
+from s2a_fx.graph.metadata import notes_of
+from s2a_fx.graph.structure import residual_blocks, residual_branches
 from s2a_fx.passes import (
     AttachLadder,
     AttachSideBranch,

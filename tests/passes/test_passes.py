@@ -8,7 +8,7 @@ from torch import nn
 from torch.fx.passes.infra.pass_manager import PassManager
 
 import s2a_fx
-from s2a_fx.analysis.notes import notes_of
+from s2a_fx.graph.metadata import notes_of
 from s2a_fx.passes import AttachSideBranch, FreezeWeights, InsertLowRankPrompt, QuantizeNonParametric
 from s2a_fx.zoo import timm_model
 

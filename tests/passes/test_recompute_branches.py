@@ -8,8 +8,8 @@ from torch import nn
 
 import s2a_fx
 from s2a_fx.analysis.measure import measure_saved_bytes
-from s2a_fx.analysis.notes import notes_of
 from s2a_fx.codecs.rows import Rows
+from s2a_fx.graph.metadata import notes_of
 from s2a_fx.passes import FreezeWeights, RecomputeBranches
 
 BRANCHES = {"vit": (3, 3), "swin": (5, 5), "convnext": (0, 5), "resnet": (0, 0)}

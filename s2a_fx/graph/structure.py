@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
-from s2a_fx.analysis.flow import reaches
-from s2a_fx.analysis.layout import layout_of
-from s2a_fx.analysis.provenance import module_stack, owner_path
+from s2a_fx.graph.flow import reaches
+from s2a_fx.graph.layout import layout_of
+from s2a_fx.graph.provenance import module_stack, owner_path
 
 _ADDS = (operator.add, operator.iadd, torch.add)
 _VIEW_METHODS = ("view", "reshape", "contiguous", "permute", "transpose", "flatten")

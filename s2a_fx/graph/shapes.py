@@ -8,7 +8,8 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from s2a_fx.analysis.fake import fake_mode, fake_tensor, traced_inputs
+from s2a_fx.graph.fake import fake_mode, fake_tensor, traced_inputs
+from s2a_fx.graph.regions import Region
 
 
 def propagate(gm: fx.GraphModule, inputs: Sequence[torch.Tensor] | None = None) -> None:
@@ -46,7 +47,8 @@ def _value(gm: fx.GraphModule, node: fx.Node, mode: FakeTensorMode, faked: dict[
         return getattr(args[0], target)(*args[1:], **kwargs)
     if node.op == "call_module":
         module = gm.get_submodule(target)
-        for tensor in [*module.parameters(), *module.buffers()]:
+        owner = gm if isinstance(module, Region) else module  # a region's tensors are registered where the model has them
+        for tensor in [*owner.parameters(), *owner.buffers()]:
             if id(tensor) not in faked:
                 faked[id(tensor)] = fake_tensor(tensor, mode)
         return copy.deepcopy(module, faked)(*args, **kwargs)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import s2a_fx
-from s2a_fx.analysis.layout import Layout, layout_of
+from s2a_fx.graph.layout import Layout, layout_of
 
 
 class Tokens(nn.Module):

@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from s2a_fx.analysis.flow import IN_PLACE, attribute
-from s2a_fx.analysis.provenance import module_stack, plain_path
-from s2a_fx.analysis.shapes import propagate
-from s2a_fx.passes.base import free_path, replaced
+from s2a_fx.graph.edit import free_path, replace_node
+from s2a_fx.graph.flow import IN_PLACE, attribute
+from s2a_fx.graph.provenance import module_stack, plain_path
+from s2a_fx.graph.shapes import propagate
 
 _STATE = re.compile(r"_(?:modules|parameters|buffers)_")
 _CONVOLUTIONS = {torch.conv1d: nn.Conv1d, torch.conv2d: nn.Conv2d, torch.conv3d: nn.Conv3d}
@@ -206,7 +206,7 @@ def _keep_write(gm: fx.GraphModule, node: fx.Node) -> None:
     written = _written(node)
     if _is_own(gm, written):
         kwargs = node.kwargs
-        replaced(gm, node, _InPlace(node.target), tuple(node.args), free_path(gm, "", "in_place")).kwargs = kwargs
+        replace_node(gm, node, _InPlace(node.target), tuple(node.args), free_path(gm, "", "in_place")).kwargs = kwargs
     else:
         written.replace_all_uses_with(node, delete_user_cb=lambda user: user > node)
 
@@ -268,7 +268,7 @@ def _raise_dropout(gm: fx.GraphModule, node: fx.Node) -> None:
         node.replace_all_uses_with(x)
         gm.graph.erase_node(node)
     else:
-        replaced(gm, node, nn.Dropout(p), (x,))
+        replace_node(gm, node, nn.Dropout(p), (x,))
 
 
 _RAISED: dict[Any, Any] = {

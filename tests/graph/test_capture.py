@@ -10,9 +10,8 @@ from small_models import small_model
 from torch import nn
 
 import s2a_fx
-from s2a_fx.analysis.notes import notes_of
-from s2a_fx.analysis.provenance import module_path
-from s2a_fx.nn.training_switch import TrainingSwitch
+from s2a_fx.graph.provenance import module_path
+from s2a_fx.graph.training_switch import TrainingSwitch
 from s2a_fx.passes import CompressActivations, FreezeWeights
 from s2a_fx.zoo import timm_model
 
@@ -134,10 +133,8 @@ class BranchesOnShape(nn.Module):
         return self.a(x) if x.shape[1] > 2 else x
 
 
-def test_control_flow_on_shapes_goes_through_export_and_says_what_it_costs():
-    with pytest.warns(UserWarning, match="torch.export instead: train mode and the control flow"):
-        gm = s2a_fx.trace(BranchesOnShape(), torch.randn(3, 4))
-    assert "baked in" in notes_of(gm)[0].reason
+def test_control_flow_on_shapes_is_followed():
+    gm = s2a_fx.trace(BranchesOnShape(), torch.randn(3, 4))
     x = torch.randn(5, 4)
     assert gm(x).shape == (5, 4)
     assert s2a_fx.analyze(BranchesOnShape(), torch.randn(3, 4)).saved_bytes == 3 * 4 * 4
@@ -160,7 +157,7 @@ class _Refuses(nn.Module):
 
 
 def test_control_flow_on_values_is_refused_with_module_and_line():
-    with pytest.raises(s2a_fx.TraceError, match=r"inner\.0 \(_Refuses\), line \d+ of .*test_trace\.py"):
+    with pytest.raises(s2a_fx.TraceError, match=r"inner\.0 \(_Refuses\), line \d+ of .*test_capture\.py"):
         s2a_fx.trace(BranchesOnValues(), torch.randn(3, 4))
 
 

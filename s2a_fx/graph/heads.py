@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from s2a_fx.analysis.blocks import residual_blocks
-from s2a_fx.analysis.layout import layout_of
+from s2a_fx.graph.layout import layout_of
+from s2a_fx.graph.structure import residual_blocks
 
 _PASSES_THROUGH = (nn.Identity, nn.Dropout, nn.Flatten)
 _COMBINES = (operator.add, operator.truediv, operator.mul, operator.getitem, torch.add, torch.flatten, F.dropout)

@@ -5,9 +5,9 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
-from s2a_fx.nn.recompute import Recomputed
+from s2a_fx.graph.regions import Region
 
 IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
 """Python's operators that write to their first operand."""
@@ -21,15 +21,17 @@ def writes(target: Any, kwargs: Mapping[str, Any]) -> bool:
     return target in IN_PLACE or bool(kwargs.get("inplace")) or "out" in kwargs or (name.endswith("_") and not name.endswith("__"))
 
 
+def has_effects(gm: nn.Module, node: fx.Node) -> bool:
+    """Whether a node does more than compute a value: it writes to an operand or a buffer, or acts otherwise."""
+    if node.op == "call_module":
+        module = gm.get_submodule(str(node.target))
+        return bool(getattr(module, "_is_impure", False) or getattr(module, "inplace", False))
+    return node.op in ("call_function", "call_method") and (node.is_impure() or writes(node.target, node.kwargs))
+
+
 def eliminate_dead_code(gm: fx.GraphModule) -> None:
     """Erase what nobody reads; what writes stays, `y.mul_(2)` as a statement, which torch.fx takes for dead."""
-
-    def stays(node: fx.Node) -> bool:
-        if node.op == "call_module":
-            return node.is_impure() or bool(getattr(gm.get_submodule(str(node.target)), "inplace", False))
-        return node.is_impure() or (node.op in ("call_function", "call_method") and writes(node.target, node.kwargs))
-
-    gm.graph.eliminate_dead_code(stays)
+    gm.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or has_effects(gm, node))
 
 
 def dependent_nodes(gm: fx.GraphModule) -> set[fx.Node]:
@@ -64,7 +66,7 @@ def reaches(node: fx.Node, sources: Collection[fx.Node], inside: Collection[fx.N
     return False
 
 
-def attribute(gm: fx.GraphModule, path: str) -> Any:
+def attribute(gm: nn.Module, path: str) -> Any:
     """What stands at a dotted path in the model."""
     value: Any = gm
     for name in path.split("."):
@@ -82,6 +84,6 @@ def _trains(gm: fx.GraphModule, node: fx.Node) -> bool:
         return isinstance(value := node.meta.get("val"), torch.Tensor) and value.requires_grad
     if node.op == "call_module":
         module = gm.get_submodule(str(node.target))
-        return any(p.requires_grad for p in module.parameters()) or (isinstance(module, Recomputed) and bool(module.trained()))
+        return any(p.requires_grad for p in module.parameters()) or (isinstance(module, Region) and bool(module.trained()))
     value = attribute(gm, str(node.target)) if node.op == "get_attr" else None
     return isinstance(value, torch.Tensor) and value.requires_grad

@@ -1,0 +1,250 @@
+"""Turn an `nn.Module` into a `torch.fx.GraphModule` that does what the module does.
+
+The graph
+
+1. shares the storages of the model's weights but owns its modules and `nn.Parameter`s, so that freezing, adding and replacing
+   in the graph never shows in the model it came from;
+2. switches with `.train()` and `.eval()` as the model does: it is captured in both modes, which are aligned;
+3. keeps the batch symbolic: sizes that the model reads from its input stay nodes;
+4. carries `node.meta["val"]` (fake tensors) and `node.meta["nn_module_stack"]` (provenance) on every node;
+5. is faithful: on fake inputs, in both modes, it makes the same ATen calls as the model (see `fidelity.py`).
+
+torch.fx captures first; what it cannot follow, or follows unfaithfully, Dynamo captures.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+
+from s2a_fx.errors import InputError, TraceError
+from s2a_fx.graph import fidelity, torch_internals
+from s2a_fx.graph.assignments import replace_assignments
+from s2a_fx.graph.call_code import CallCode, Result
+from s2a_fx.graph.dynamo_capture import capture_by_dynamo
+from s2a_fx.graph.fake import fake_mode, fake_modules, fake_tensor, traced_inputs
+from s2a_fx.graph.fidelity import Behaviour
+from s2a_fx.graph.flow import eliminate_dead_code
+from s2a_fx.graph.fx_capture import THROUGH, Captured, capture_by_fx, first_line, place_of
+from s2a_fx.graph.inputs import Signature, Structure
+from s2a_fx.graph.metadata import signature_of, start_record
+from s2a_fx.graph.modes import align_modes
+from s2a_fx.graph.scopes import close_scopes
+from s2a_fx.graph.shapes import propagate
+from s2a_fx.graph.traced_module import TracedModule
+
+_MODES = (True, False)
+Capture = Callable[[nn.Module, Signature, Sequence[torch.Tensor]], Captured]
+
+
+def trace(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
+    """Trace `model` into a graph with shapes and provenance.
+
+    Args:
+        model: any module, its weights real, fake or on the `meta` device. A graph module made by s2a_fx keeps its graph.
+        example_inputs: what `model` is called with: a tensor, a tuple of positional arguments, a dict of keyword arguments, or
+            `s2a_fx.Inputs(*args, **kwargs)`. Arguments are pytrees of tensors, real, fake or meta, and of constants. Of tensors
+            only shapes, dtypes and devices are read; constants become part of the graph.
+
+    Returns:
+        A graph module that is called and answers as `model` does, shares the storages of its weights, and owns all else.
+
+    Raises:
+        InputError: the inputs do not fit the model.
+        TraceError: neither torch.fx nor Dynamo can follow the model faithfully; names the module and the line.
+    """
+    with torch_internals.neutral_state(), torch_internals.without_autocast():
+        owned = share_weights(model)
+        signature = signature_of(owned)
+        if signature is None:
+            signature, inputs = Signature.of(owned, example_inputs)
+            return _capture(owned, signature, inputs)
+        gm: fx.GraphModule = owned  # type: ignore[assignment]
+        inputs = signature.example_leaves(example_inputs)
+        if _knows_shapes(gm) and all(_is_same_kind(t, v) for t, v in zip(inputs, traced_inputs(gm), strict=True)):
+            return gm
+        try:
+            propagate(gm, inputs)
+        except Exception as error:
+            raise _refusal_of_inputs(model, inputs, error) from error
+    return gm
+
+
+def _knows_shapes(gm: fx.GraphModule) -> bool:
+    """Whether nodes have values: those of an unpickled graph have none."""
+    return all("val" in node.meta for node in gm.graph.nodes)
+
+
+def _refusal_of_inputs(model: nn.Module, inputs: Sequence[torch.Tensor], error: Exception) -> InputError:
+    shapes = ", ".join(str(tuple(t.shape)) for t in inputs)
+    advice = "Pass inputs of the size that the model was built for."
+    if "more than 1 value per channel" in str(error):  # a norm over the batch, of one image whose map is one position
+        advice = "Pass a larger batch or larger images."
+    return InputError(f"{type(model).__name__} does not take inputs of shape {shapes}: {first_line(error)}. {advice}")
+
+
+def _is_same_kind(given: torch.Tensor, traced: torch.Tensor) -> bool:
+    return (given.shape, given.dtype, given.requires_grad) == (traced.shape, traced.dtype, traced.requires_grad)
+
+
+def share_weights(model: nn.Module) -> nn.Module:
+    """A copy of the modules around the same storages: new `nn.Parameter`s over the old data, the same buffers."""
+    memo: dict[int, Any] = {id(b): b for b in model.buffers()}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+    try:
+        return copy.deepcopy(model, memo)
+    except RuntimeError as error:
+        raise InputError(
+            f"{type(model).__name__} holds tensors that cannot be copied ({first_line(error)}). Remove what computes weights from "
+            "weights, such as weight_norm, or trace the model before its first forward."
+        ) from error
+
+
+def _capture(model: nn.Module, signature: Signature, inputs: Sequence[torch.Tensor]) -> TracedModule:
+    """A faithful graph of `model`, a private copy: by torch.fx, or else by Dynamo."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        wanted = _behaviours_of_model(model, signature, inputs)
+        refusals = []
+        for capture in (_by_fx, capture_by_dynamo):
+            try:
+                return _faithful(model, signature, inputs, capture, modes, wanted)
+            except TraceError as refusal:
+                refusals.append(str(refusal).rstrip("."))
+    finally:
+        for module, training in modes:
+            module.training = training
+    raise TraceError(
+        f"{refusals[0]}; and Dynamo: {refusals[1]}. Rewrite that line without control flow on tensors, or mark its module with "
+        "timm.layers.register_notrace_module so that it stays one opaque node."
+    )
+
+
+def _by_fx(model: nn.Module, signature: Signature, inputs: Sequence[torch.Tensor]) -> Captured:
+    return capture_by_fx(model, signature)
+
+
+def _faithful(
+    model: nn.Module,
+    signature: Signature,
+    inputs: Sequence[torch.Tensor],
+    capture: Capture,
+    modes: Sequence[tuple[nn.Module, bool]],
+    wanted: Sequence[Behaviour | None],
+) -> TracedModule:
+    """The graph by `capture`; raises `TraceError` if it does not behave as `wanted` of train and eval mode."""
+    train, evaluation = (capture(model.train(mode), signature, inputs) for mode in _MODES)
+    for module, training in modes:
+        module.training = training
+    graph = align_modes(model, train.graph, evaluation.graph)
+    result = Result(train.structure, evaluation.structure)
+    if result.is_plain:
+        output = graph.output_node()
+        output.args = (result.build(output.args[0]),)  # type: ignore[arg-type]
+    graph.set_codegen(CallCode(signature, result))
+    gm = TracedModule(model, graph, type(model).__name__)
+    start_record(gm, model, signature)
+    close_scopes(gm)
+    eliminate_dead_code(gm)
+    propagate(gm, inputs)
+    replace_assignments(gm)
+    propagate(gm)
+    gm.graph.lint()
+    gm.recompile()
+    for training, expected in zip(_MODES, wanted, strict=True):
+        if expected is None:
+            continue
+        differs = fidelity.difference(expected, _behaviour_of_graph(gm, inputs, result, training))
+        if differs is not None:
+            text, index = differs
+            place = None if index is None else _place_of_call(model, signature, inputs, training, index)
+            mode = "train" if training else "eval"
+            raise TraceError(f"{place or 'the model itself'}: in {mode} mode {text}")
+    return gm
+
+
+def _behaviours_of_model(model: nn.Module, signature: Signature, inputs: Sequence[torch.Tensor]) -> list[Behaviour | None]:
+    """What the model does in train mode and in eval mode; None for a mode in which it is not and that refuses the inputs."""
+    present = model.training
+    found: list[Behaviour | None] = []
+    for training in _MODES:
+        mode = fake_mode()
+        with mode, _without_fast_path(model):
+            fakes, leaves, run = _fake_run(model, signature, inputs, training, mode)
+            try:
+                found.append(fidelity.behaviour_of(fakes, leaves, run))
+            except torch_internals.READS_VALUE as error:
+                raise _refusal_of_reading(model, signature, error) from error
+            except Exception as error:
+                if training == present:
+                    raise _refusal_of_inputs(model, inputs, error) from error
+                found.append(None)
+    return found
+
+
+def _refusal_of_reading(model: nn.Module, signature: Signature, error: Exception) -> TraceError:
+    """Tells which module reads the value of a tensor."""
+    try:
+        capture_by_fx(model, signature)
+    except TraceError as refusal:
+        place = str(refusal)
+    else:
+        place = f"{place_of(model, '', error)}: reads the value of a tensor"
+    return TraceError(
+        f"{place}. A graph cannot branch on values, or read them as numbers: rewrite that line with torch.where or the like, or "
+        "mark its module with timm.layers.register_notrace_module so that it stays one opaque node."
+    )
+
+
+def _fake_run(
+    model: nn.Module, signature: Signature, inputs: Sequence[torch.Tensor], training: bool, mode: FakeTensorMode
+) -> tuple[nn.Module, list[torch.Tensor], Callable[[], tuple[list[Any], Structure]]]:
+    """A fake copy of the model, fake inputs, and a function that calls the one on the others."""
+    memo: dict[int, Any] = {id(t): fake_tensor(t, mode) for t in [*model.parameters(), *model.buffers()]}
+    fakes = copy.deepcopy(model, memo).train(training)
+    leaves = [fake_tensor(t, mode) for t in inputs]
+    args, kwargs = signature.arguments(leaves)
+    return fakes, leaves, lambda: Structure.of(fakes(*args, **kwargs))
+
+
+def _place_of_call(
+    model: nn.Module, signature: Signature, inputs: Sequence[torch.Tensor], training: bool, index: int
+) -> str | None:
+    mode = fake_mode()
+    with mode, _without_fast_path(model):
+        return fidelity.place_of_call(*_fake_run(model, signature, inputs, training, mode), index)
+
+
+def _behaviour_of_graph(gm: fx.GraphModule, inputs: Sequence[torch.Tensor], result: Result, training: bool) -> Behaviour:
+    """What the graph does in one mode."""
+    mode = fake_mode()
+    fakes = fake_modules(gm, mode).train(training)
+    leaves = [fake_tensor(t, mode) for t in inputs]
+    structure = result.train if training else result.eval
+
+    def run() -> tuple[list[Any], Structure]:
+        interpreter = fx.Interpreter(fakes, graph=gm.graph)
+        interpreter.extra_traceback = False
+        output = interpreter.run(*leaves, enable_io_processing=False)
+        found = Structure.of(output)[0] if result.is_plain else list(output)
+        return found[: structure.count], structure
+
+    with mode:
+        return fidelity.behaviour_of(fakes, leaves, run)
+
+
+class _PassThrough(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def _without_fast_path(model: nn.Module) -> Any:
+    """Keep torch's attention modules off the fused path of inference, which no graph takes: a function mode does."""
+    through = tuple(kind for kind in THROUGH if kind is not nn.Sequential)
+    return _PassThrough() if any(isinstance(module, through) for module in model.modules()) else nullcontext()

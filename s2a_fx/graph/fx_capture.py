@@ -1,0 +1,403 @@
+"""Capture a model's forward by torch.fx.
+
+torch.fx runs the forward on proxies and writes down each call that a proxy takes part in. This tracer also sees what torch.fx
+alone drops:
+
+1. a call that draws random numbers without a proxy (`torch.randn(64)`) becomes a node, not a constant;
+2. `torch.no_grad()`, `torch.autocast()` and `torch.utils.checkpoint.checkpoint()` around a node become its scopes;
+3. forward hooks of the modules that are traced through, the model itself included, become nodes that call them;
+4. augmented assignments (`x += y`) stay writes;
+5. the shape of a parameter or buffer is a constant, and no node.
+
+torch.fx patches `nn.Module.__call__` and `__getattr__` for the whole process. So does this tracer, one trace at a time, and what
+other threads call passes straight through.
+"""
+
+import contextlib
+import functools
+import math
+import operator
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType, FunctionType
+from typing import Any
+
+import torch
+from timm.layers import get_notrace_functions, get_notrace_modules
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_any, tree_flatten, tree_unflatten
+
+from s2a_fx.errors import TraceError
+from s2a_fx.graph import hooks
+from s2a_fx.graph.inputs import Signature, Structure
+from s2a_fx.graph.regions import SCOPES, Scope
+from s2a_fx.graph.torch_internals import CHECKPOINT_CODE, autocast_options, checkpoint_options, without_autocast
+
+_LOCK = threading.RLock()
+THROUGH = (
+    nn.Sequential, nn.MultiheadAttention, nn.Transformer, nn.TransformerEncoder, nn.TransformerEncoderLayer,
+    nn.TransformerDecoder, nn.TransformerDecoderLayer,
+)  # fmt: skip
+"""Modules of `torch.nn` that are traced through: what they are made of is what passes rewrite."""
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A flat captured graph over a model's own modules and tensors.
+
+    Attributes:
+        graph: has a placeholder for each tensor of the inputs, scopes as metadata, and returns a tuple.
+        structure: the structure of what the model returns.
+    """
+
+    graph: fx.Graph
+    structure: Structure
+
+
+def capture_by_fx(model: nn.Module, signature: Signature, leaf_paths: frozenset[str] = frozenset()) -> Captured:
+    """Capture `model` in the mode in which it stands.
+
+    Args:
+        model: a private copy; its modules become those of the graph.
+        signature: how the model is called.
+        leaf_paths: modules that become one call each, whatever they are made of.
+
+    Raises:
+        TraceError: torch.fx cannot follow the model, or it has backward hooks; names the module and the line.
+    """
+    tracer = ModelTracer(leaf_paths)
+    with _LOCK:
+        graph, spec = tracer.capture(model, signature)
+    return Captured(graph, spec)
+
+
+class BufferTracer(fx.Tracer):
+    """A tracer for which reading a buffer is a node: no constant of the tracing device is baked in. Unpickling uses it too."""
+
+    proxy_buffer_attributes = True
+
+
+class ModelTracer(BufferTracer):
+    """Traces one model, once."""
+
+    def __init__(self, leaf_paths: frozenset[str]) -> None:
+        super().__init__()
+        self.leaf_paths = leaf_paths
+        self.leaf_types = set(get_notrace_modules())
+        self.thread = threading.get_ident()
+        self.autocasts: list[Scope] = []
+        self.checkpoints: dict[FrameType, Scope] = {}
+        self.idents = iter(range(sys.maxsize))
+        self.no_grad: tuple[tuple[Scope, ...], Scope] | None = None  # the scope of the last node, and what is around it
+        self.outermost: FrameType | None = None
+
+    def capture(self, model: nn.Module, signature: Signature) -> tuple[fx.Graph, Any]:
+        """The graph of the model's forward, and the structure of its result."""
+        self.root, self.root_module_name = model, type(model).__name__
+        self.submodule_paths = {module: path for path, module in model.named_modules()}
+        self.tensor_attrs = dict(_plain_tensors(model))
+        self.tensor_paths = {id(t): path for path, t in [*model.named_parameters(), *model.named_buffers()]}
+        self.graph = fx.Graph(tracer_cls=type(self))
+        self.outermost = sys._getframe()
+        leaves = [self.create_proxy("placeholder", name, (), {}) for name in signature.names]
+        args, kwargs = signature.arguments(leaves)
+        try:
+            with torch.inference_mode(False), torch.enable_grad(), without_autocast(), self._patches(model), _SeeDraws(self):
+                result = self._run(model, args, kwargs)
+            results, spec = Structure.of(result)
+            self.create_node("output", "output", (self.create_arg(tuple(results)),), {})
+        except TraceError:
+            raise
+        except Exception as error:
+            path = next(reversed(self.module_stack.values()), ("",))[0]
+            raise TraceError(f"{place_of(model, path, error)}: torch.fx cannot follow it ({first_line(error)})") from error
+        finally:
+            self.outermost = None
+            self.checkpoints.clear()
+        return self.graph, spec
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return (
+            module_qualified_name in self.leaf_paths
+            or type(m) in self.leaf_types
+            or is_childless_switch(m)
+            or isinstance(m, nn.Linear)  # timm's thin subclass, which only spells out its autocast
+            or type(m).__module__.startswith("s2a_fx.")
+            or (type(m) not in THROUGH and super().is_leaf_module(m, module_qualified_name))
+        )
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if m not in (self.submodule_paths or {}):
+            raise TraceError(f"{type(m).__name__}: is called, but is no submodule of the model; assign it to an attribute.")
+        return super().call_module(m, lambda *args, **kwargs: self._run(m, args, kwargs), args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
+        path = self.tensor_paths.get(id(attr_val))
+        if path is None:
+            return attr_val
+        if path not in parameter_proxy_cache:
+            make = functools.partial(_WeightProxy, tracer=self, tensor=attr_val)
+            parameter_proxy_cache[path] = self.create_proxy("get_attr", path, (), {}, proxy_factory_fn=make)
+        return parameter_proxy_cache[path]
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+    def create_arg(self, a: Any) -> Any:
+        """As torch.fx does, but equal constants of the captures of both modes are one attribute."""
+        if isinstance(a, torch.Tensor) and id(a) not in self.tensor_paths and a not in self.tensor_attrs:
+            for known, path in self.tensor_attrs.items():
+                if "." not in path and isinstance(known, torch.Tensor) and is_same_constant(a, known):
+                    self.tensor_attrs[a] = path
+                    break
+        return super().create_arg(a)
+
+    def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(kind, target, *args, **kwargs)
+        if kind.startswith("call"):
+            node.meta[SCOPES] = self._scopes()
+        return node
+
+    def _run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a module that is traced through; its forward hooks become nodes."""
+        if hooks.has_backward_hooks(module):
+            path = (self.submodule_paths or {}).get(module)
+            raise TraceError(
+                f"{path or 'the model itself'} ({type(module).__name__}): has backward hooks, which a graph cannot run; "
+                "remove them, or register them on the layers inside."
+            )
+        for pre_hook in hooks.forward_pre_hooks_of(module):
+            args, kwargs = self._call_hook(pre_hook, (args, kwargs), args, kwargs)
+        result = module.forward(*args, **kwargs)
+        for hook in hooks.forward_hooks_of(module):
+            result = self._call_hook(hook, result, args, kwargs, result)
+        return result
+
+    def _call_hook(self, hook: nn.Module, value: Any, *operands: Any) -> Any:
+        """The node that runs a hook on `operands`, and `value` with its tensors as the hook returns them."""
+        path = next((name for name, child in self.root.named_children() if hooks.is_same(child, hook)), None)
+        if path is None:
+            path = self.get_fresh_qualname("forward_hook_")
+            self.root.add_module(path, hook)
+        leaves, spec = tree_flatten(value)
+        returned: Any = self.create_proxy("call_module", path, operands, {})
+        return tree_unflatten([returned[i] if isinstance(v, fx.Proxy) else v for i, v in enumerate(leaves)], spec)
+
+    def _scopes(self) -> tuple[Scope, ...]:
+        """The contexts around the present call."""
+        checkpoints = self._checkpoints()
+        around = (*checkpoints, *self.autocasts)
+        if torch.is_grad_enabled() or any(dict(c.options)["use_reentrant"] for c in checkpoints):
+            self.no_grad = None  # a reentrant checkpoint itself runs its function without gradients
+            return around
+        if self.no_grad is None or self.no_grad[0] != around:
+            self.no_grad = around, Scope("grad_mode", next(self.idents), (("enabled", False),))
+        return (*around, self.no_grad[1])
+
+    def _checkpoints(self) -> tuple[Scope, ...]:
+        """The calls of `torch.utils.checkpoint.checkpoint` on the stack, outermost first."""
+        found = []
+        frame: FrameType | None = sys._getframe()
+        while frame is not None and frame is not self.outermost:
+            if frame.f_code is CHECKPOINT_CODE:
+                if frame not in self.checkpoints:
+                    self.checkpoints[frame] = Scope("checkpoint", next(self.idents), checkpoint_options(frame.f_locals))
+                found.append(self.checkpoints[frame])
+            frame = frame.f_back
+        return tuple(reversed(found))
+
+    @contextlib.contextmanager
+    def _patches(self, model: nn.Module) -> Iterator[None]:
+        """Let calls and attributes of modules, autocast, and functions that stay one node come by this tracer."""
+        cache: dict[str, fx.Proxy] = {}
+        call, read = nn.Module.__call__, nn.Module.__getattr__
+        enter, leave = torch.autocast.__enter__, torch.autocast.__exit__
+
+        def call_module(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if not self._is_here():
+                return call(module, *args, **kwargs)
+            return self.call_module(module, module.forward, args, kwargs)
+
+        def read_attribute(module: nn.Module, name: str) -> Any:
+            value = read(module, name)
+            return self.getattr(name, value, cache) if self._is_here() else value
+
+        def enter_autocast(context: torch.autocast) -> Any:
+            if self._is_here():
+                self.autocasts.append(Scope("autocast", next(self.idents), autocast_options(context)))
+            return enter(context)
+
+        def leave_autocast(context: torch.autocast, *error: Any) -> Any:
+            if self._is_here():
+                self.autocasts.pop()
+            return leave(context, *error)
+
+        patched: list[tuple[Any, str, Any]] = [
+            (nn.Module, "__call__", call_module),
+            (nn.Module, "__getattr__", read_attribute),
+            (torch.autocast, "__enter__", enter_autocast),
+            (torch.autocast, "__exit__", leave_autocast),
+        ]
+        before = [(owner, name, owner.__dict__[name]) for owner, name, _ in patched]
+        functions = list(self._leaf_functions(model))
+        try:
+            for owner, name, value in patched:
+                setattr(owner, name, value)
+            for namespace, name, function in functions:
+                namespace[name] = self._leaf_function(function)
+            yield
+        finally:
+            for namespace, name, function in functions:
+                namespace[name] = function
+            for owner, name, value in before:
+                setattr(owner, name, value)
+
+    def _is_here(self) -> bool:
+        return threading.get_ident() == self.thread
+
+    def _leaf_functions(self, model: nn.Module) -> Iterator[tuple[dict[str, Any], str, Callable[..., Any]]]:
+        """Where the files of the model's classes name a function that stays one node."""
+        leaves = {id(f): f for f in (*get_notrace_functions(), *(f for f in vars(math).values() if callable(f)))}
+        forwards = (getattr(base, "forward", None) for m in model.modules() for base in type(m).__mro__)
+        namespaces = {id(f.__globals__): f.__globals__ for f in forwards if isinstance(f, FunctionType)}
+        for namespace in (vars(math), *namespaces.values()):
+            for name, value in list(namespace.items()):
+                if id(value) in leaves and not name.startswith("_"):
+                    yield namespace, name, value
+
+    def _leaf_function(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            if self._is_here() and _holds_proxy((args, kwargs)):
+                return self.create_proxy("call_function", function, args, kwargs)
+            return function(*args, **kwargs)
+
+        return wrapper
+
+
+class _Proxy(fx.Proxy):
+    """A proxy whose augmented assignments are writes (4): without these methods Python would take `x = x + y` for `x += y`."""
+
+    def _assign(self, function: Any, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    def __iadd__(self, other: Any) -> fx.Proxy:
+        return self._assign(operator.iadd, other)
+
+    def __isub__(self, other: Any) -> fx.Proxy:
+        return self._assign(operator.isub, other)
+
+    def __imul__(self, other: Any) -> fx.Proxy:
+        return self._assign(operator.imul, other)
+
+    def __itruediv__(self, other: Any) -> fx.Proxy:
+        return self._assign(operator.itruediv, other)
+
+
+class _WeightProxy(_Proxy):
+    """A parameter or buffer, whose shape does not change (5)."""
+
+    def __init__(self, node: fx.Node, *, tracer: ModelTracer, tensor: torch.Tensor) -> None:
+        super().__init__(node, tracer)
+        self.tensor = tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.tensor.shape
+
+    @property
+    def ndim(self) -> int:
+        return self.tensor.ndim
+
+    def size(self, *dimension: int) -> Any:
+        return self.tensor.size(*dimension)
+
+    def dim(self) -> int:
+        return self.tensor.dim()
+
+    def numel(self) -> int:
+        return self.tensor.numel()
+
+    def nelement(self) -> int:
+        return self.tensor.nelement()
+
+    def __len__(self) -> int:
+        return len(self.tensor)
+
+
+class _Draw(BaseException):
+    """Raised in the place of an operator that draws random numbers."""
+
+
+class _RefuseDraws(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise _Draw
+        return func(*args, **(kwargs or {}))
+
+
+class _SeeDraws(TorchFunctionMode):
+    """Makes nodes of the calls of torch that draw random numbers without a proxy (1)."""
+
+    def __init__(self, tracer: ModelTracer) -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if _holds_proxy((args, kwargs)):
+            return func(*args, **kwargs)
+        try:
+            with _RefuseDraws():
+                return func(*args, **kwargs)
+        except _Draw:
+            if is_tensor_method_or_property(func):
+                return self.tracer.create_proxy("call_method", func.__name__, args, kwargs)
+            return self.tracer.create_proxy("call_function", func, args, kwargs)
+
+
+def _holds_proxy(arguments: Any) -> bool:
+    return tree_any(lambda leaf: isinstance(leaf, fx.Proxy), arguments)
+
+
+def _plain_tensors(model: nn.Module) -> Iterator[tuple[torch.Tensor, str]]:
+    """The tensors that modules hold as plain attributes, each with its path."""
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if isinstance(value, torch.Tensor):
+                yield value, f"{path}.{name}".lstrip(".")
+
+
+def is_same_constant(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors that a forward made are equal; those of the meta device are if they look alike."""
+    if (a.shape, a.dtype, a.device, a.stride()) != (b.shape, b.dtype, b.device, b.stride()):
+        return False
+    return a.device.type == "meta" or isinstance(a, FakeTensor) or torch.equal(a, b)
+
+
+def is_childless_switch(module: nn.Module) -> bool:
+    """Whether a module without children reads `self.training`: it stays one call, which switches by itself."""
+    code = getattr(type(module).forward, "__code__", None)
+    return code is not None and "training" in code.co_names and next(module.children(), None) is None
+
+
+def place_of(model: nn.Module, path: str, error: BaseException) -> str:
+    """The module and the source line in which a capture stopped: the innermost frame that is neither torch's nor ours."""
+    module = model.get_submodule(path)
+    place = f"{path or 'the model itself'} ({type(module).__name__})"
+    ours = (torch.__path__[0], str(Path(__file__).parent))
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(ours)]
+    return f"{place}, line {frames[-1].lineno} of {frames[-1].filename}" if frames else place
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, without its full stop."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__).rstrip(".")

@@ -1,0 +1,138 @@
+"""Regions: parts of a graph that run in a context of their own, each one module.
+
+    captured    y = f(x)        under `torch.no_grad()`, `torch.autocast(...)`, or `torch.utils.checkpoint.checkpoint(...)`
+    open        node f, with `meta["scopes"]`, which passes read and edit
+    closed      node GradMode(x), a module whose body is f: what runs, is copied and is pickled
+
+`trace` returns closed graphs. A pass opens the graph, edits its nodes, and closes it again.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import fx, nn
+from torch.utils.checkpoint import checkpoint
+
+Kind = Literal["grad_mode", "autocast", "checkpoint"]
+
+SCOPES = "scopes"
+"""Key in a node's metadata: the tuple of scopes around it, outermost first."""
+
+
+@dataclass(frozen=True)
+class Scope:
+    """A context that the model entered.
+
+    Attributes:
+        kind: `grad_mode`, `autocast` or `checkpoint`.
+        ident: the same for all nodes of one entered context, and for no others.
+        options: name and value of each argument: `enabled` for `grad_mode`; those of `torch.autocast`; those of
+            `torch.utils.checkpoint.checkpoint`, and `modes`, the modes in which the model checkpoints, if not both.
+    """
+
+    kind: Kind
+    ident: int
+    options: tuple[tuple[str, Any], ...] = ()
+
+
+def scopes_of(node: fx.Node) -> tuple[Scope, ...]:
+    """The scopes around a node, outermost first."""
+    return tuple(node.meta.get(SCOPES, ()))
+
+
+def is_checkpointed(node: fx.Node) -> bool:
+    """Whether the model itself computes a node again in the backward."""
+    return any(scope.kind == "checkpoint" for scope in scopes_of(node))
+
+
+class Region(nn.Module):
+    """Base of the modules that stand for a region of the graph.
+
+    Args:
+        bodies: the region's graphs by name, `body` among them.
+
+    The modules that the bodies call stay registered where they are in the model, under their one name in the state dict: a region
+    refers to them, and owns none.
+    """
+
+    body: fx.GraphModule
+
+    def __init__(self, **bodies: fx.GraphModule) -> None:
+        super().__init__()
+        self.__dict__.update(bodies)
+
+    def trained(self) -> list[nn.Parameter]:
+        """The region's parameters that train."""
+        return [p for p in self.body.parameters() if p.requires_grad]
+
+
+class ScopeRegion(Region):
+    """The nodes of one scope, run in its context.
+
+    Args:
+        scope: the context.
+        body: the nodes.
+        writes: whether the body writes to a buffer or an operand: then the call stays though nobody reads its value.
+    """
+
+    def __init__(self, scope: Scope, body: fx.GraphModule, writes: bool) -> None:
+        super().__init__(body=body)
+        self.scope = scope
+        self._is_impure = writes  # torch.fx asks before it eliminates dead code
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.scope.options)
+
+
+class GradMode(ScopeRegion):
+    """A region under `torch.no_grad()` or `torch.enable_grad()`."""
+
+    def forward(self, *operands: Any) -> Any:
+        with torch.set_grad_enabled(dict(self.scope.options)["enabled"]):
+            return self.body(*operands)
+
+
+class Autocast(ScopeRegion):
+    """A region under `torch.autocast`."""
+
+    def forward(self, *operands: Any) -> Any:
+        with torch.autocast(**dict(self.scope.options)):
+            return self.body(*operands)
+
+
+class Checkpoint(ScopeRegion):
+    """A region that the model checkpoints: torch keeps its operands and computes the rest again in the backward."""
+
+    def forward(self, *operands: Any) -> Any:
+        options = dict(self.scope.options)
+        mode = "train" if self.training else "eval"
+        if mode not in options.pop("modes", (mode,)):
+            return self.body(*operands)
+        return checkpoint(self.body, *operands, **options)
+
+
+class ModeRegion(Region):
+    """A part that the model computes in one way in train mode, in another in eval mode.
+
+    Args:
+        body: the nodes of train mode.
+        eval_body: those of eval mode, which take the same operands and return as many values.
+        writes: as in `ScopeRegion`.
+    """
+
+    eval_body: fx.GraphModule
+
+    def __init__(self, body: fx.GraphModule, eval_body: fx.GraphModule, writes: bool) -> None:
+        super().__init__(body=body, eval_body=eval_body)
+        self._is_impure = writes
+
+    def forward(self, *operands: Any) -> Any:
+        return self.body(*operands) if self.training else self.eval_body(*operands)
+
+    def trained(self) -> list[nn.Parameter]:
+        return [p for body in (self.body, self.eval_body) for p in body.parameters() if p.requires_grad]
+
+
+REGIONS: dict[Kind, type[ScopeRegion]] = {"grad_mode": GradMode, "autocast": Autocast, "checkpoint": Checkpoint}
+"""Kind of a scope -> the module that runs its nodes."""

@@ -1,0 +1,120 @@
+"""The graph module that a capture returns: called as the model is, copied and pickled with all that it knows.
+
+torch.fx pickles a graph module as source code and traces that code again: a draw becomes a constant, and what nodes know of the
+model is lost. `TracedModule` pickles its nodes.
+"""
+
+import importlib
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from s2a_fx.graph import torch_internals
+from s2a_fx.graph.regions import SCOPES
+
+_KEPT_META = ("nn_module_stack", SCOPES)
+"""What an unpickled node still knows; its fake value belongs to one process."""
+
+
+class TracedModule(fx.GraphModule):
+    """A `torch.fx.GraphModule` that pickles its nodes, and frees its source code when it is freed."""
+
+    def recompile(self) -> Any:
+        code = super().recompile()
+        torch_internals.free_source_with(type(self).forward)
+        return code
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        state = {name: value for name, value in self.__dict__.items() if name not in torch_internals.GRAPH_MODULE_CODE}
+        nodes = tuple(_NodeState.of(node) for node in self.graph.nodes)
+        return _restore, (type(self).__name__, self.graph._tracer_cls, self.graph._codegen, nodes), state
+
+
+@dataclass(frozen=True)
+class _Operand:
+    """A node among the arguments of another, by name."""
+
+    name: str
+
+    @staticmethod
+    def of(value: Any) -> Any:
+        return _Operand(value.name) if isinstance(value, fx.Node) else value
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """A class or an operator, by where it is found: not all of them pickle."""
+
+    module: str
+    name: str
+
+    @staticmethod
+    def to(value: Any) -> Any:
+        """`value` in a form that pickles."""
+        if isinstance(value, torch._ops.OpOverload):
+            return _Reference("torch.ops", str(value))
+        if inspect.isclass(value):
+            return _Reference(value.__module__, value.__qualname__)
+        return value
+
+    @staticmethod
+    def follow(value: Any) -> Any:
+        """What a reference stands for; a class that this process cannot find stays a reference."""
+        if not isinstance(value, _Reference):
+            return value
+        try:
+            found: Any = torch.ops if value.module == "torch.ops" else importlib.import_module(value.module)
+            for name in value.name.split("."):
+                found = getattr(found, name)
+        except (ImportError, AttributeError):
+            return value
+        return found
+
+
+@dataclass(frozen=True)
+class _NodeState:
+    """A node, its operands by name."""
+
+    op: str
+    name: str
+    target: Any
+    arguments: Any
+    meta: dict[str, Any]
+
+    @staticmethod
+    def of(node: fx.Node) -> "_NodeState":
+        arguments: Any = fx.node.map_aggregate((node.args, node.kwargs), _Operand.of)
+        meta = {key: node.meta[key] for key in _KEPT_META if key in node.meta}
+        if "nn_module_stack" in meta:
+            meta["nn_module_stack"] = [(path, _Reference.to(kind)) for path, kind in meta["nn_module_stack"].values()]
+        return _NodeState(node.op, node.name, _Reference.to(node.target), arguments, meta)
+
+    def add_to(self, graph: fx.Graph, nodes: dict[str, fx.Node]) -> None:
+        """Create the node in `graph`; `nodes` are those before it, by name."""
+        restored: Any = fx.node.map_aggregate(self.arguments, lambda v: nodes[v.name] if isinstance(v, _Operand) else v)
+        args, kwargs = restored
+        node = graph.create_node(self.op, _Reference.follow(self.target), args, kwargs, self.name)
+        node.meta = dict(self.meta)
+        if "nn_module_stack" in node.meta:
+            node.meta["nn_module_stack"] = {path: (path, _Reference.follow(kind)) for path, kind in node.meta["nn_module_stack"]}
+        nodes[self.name] = node
+
+
+def _restore(name: str, tracer: Any, codegen: Any, states: tuple[_NodeState, ...]) -> TracedModule:
+    """A graph module without its attributes, which unpickling sets afterwards."""
+    graph = fx.Graph(tracer_cls=tracer)
+    graph.set_codegen(codegen)
+    nodes: dict[str, fx.Node] = {}
+    for state in states:
+        state.add_to(graph, nodes)
+    return TracedModule(_Anything(), graph, name)
+
+
+class _Anything(nn.Module):
+    """Has every attribute that a graph refers to, until the real ones are set."""
+
+    def __getattr__(self, name: str) -> Any:
+        return _Anything()

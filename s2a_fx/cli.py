@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from s2a_fx.analysis.fit import LIMIT, largest_batch
 from s2a_fx.analysis.optimizer import OPTIMIZERS
 from s2a_fx.analyze import MODES, compare
 from s2a_fx.arguments import not_negative, positive, size
-from s2a_fx.errors import InputError, S2AError
+from s2a_fx.errors import InputError, S2AError, S2AWarning
 from s2a_fx.finetune.command import add_finetune
 from s2a_fx.html import to_html
 from s2a_fx.paper_figures import BATCH_SIZE, TABLES
@@ -25,8 +26,11 @@ from s2a_fx.passes import PASSES
 from s2a_fx.recipes import RECIPES, SUFFIXES, name_of, resolve
 from s2a_fx.report import Comparison
 from s2a_fx.transform import transform
-from s2a_fx.whole_file import check_destination, is_same_file, write_file
+from s2a_fx.usable_cores import usable_cores
+from s2a_fx.whole_file import destination, written_whole
 from s2a_fx.zoo import DTYPES, timm_model
+
+_AS_PYTHON = warnings.formatwarning
 
 
 def main(arguments: Sequence[str] | None = None, jobs: int = 1) -> int:
@@ -45,13 +49,21 @@ def main(arguments: Sequence[str] | None = None, jobs: int = 1) -> int:
 def console() -> None:
     """The installed command: `main` for one short run, without cycle collection (half a second) and torch's teardown (one)."""
     gc.disable()
+    warnings.formatwarning = _formatted
     try:
-        status = main(jobs=os.cpu_count() or 1)
+        status = main(jobs=usable_cores())
         sys.stdout.flush()
     except BrokenPipeError:  # the reader, `head` say, has seen enough
         status = 0
     sys.stderr.flush()
     os._exit(status)
+
+
+def _formatted(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
+    """A warning of this package in one line; others as Python has them."""
+    if issubclass(category, S2AWarning):
+        return f"s2a-fx: warning: {message}\n"
+    return _AS_PYTHON(message, category, filename, lineno, line)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -116,7 +128,7 @@ def _compare(options: argparse.Namespace) -> None:
 
 
 def _table(options: argparse.Namespace) -> None:
-    _check_destinations(options.json)
+    _check_files(options.json)
     if options.batch_size and not options.model:
         raise InputError(f"--batch-size: the paper's figures are at batch {BATCH_SIZE}; name another model with --model.")
     if options.table and options.model:
@@ -130,26 +142,26 @@ def _table(options: argparse.Namespace) -> None:
         _write(options.json, json.dumps(to_json(cells), indent=1))
 
 
-def _check_destinations(*paths: Path | None) -> None:
-    """Raise `InputError` unless all files can be written, and are different ones: before the work begins."""
-    given = [path for path in paths if path is not None]
-    for index, path in enumerate(given):
+def _check_files(json_file: Path | None, html_file: Path | None = None) -> None:
+    """Before any work, refuse files that cannot be written, and one file that is named twice."""
+    found = []
+    for path in filter(None, (json_file, html_file)):
         try:
-            check_destination(path)
+            found.append(destination(path))
         except OSError as error:
-            raise InputError(f"{path}: {_reason(error)}.") from error
-        if same := next((other for other in given[:index] if is_same_file(path, other)), None):
-            raise InputError(f"{path}: is the same file as {same}, and one would replace the other; name two files.")
+            raise _unwritable(path, error) from error
+    if len(found) == 2 and found[0].is_same_file(found[1]):
+        raise InputError(f"--json {json_file} and --html {html_file} name the same file; give each a file of its own.")
 
 
-def _reason(error: OSError) -> str:
-    return error.strerror or str(error)
+def _unwritable(path: Path, error: OSError) -> InputError:
+    return InputError(f"{path}: cannot be written: {error.strerror}; name another file.")
 
 
 def _simulate(options: argparse.Namespace, recipes: list[str], tell_refusals: bool = False) -> Comparison:
     for recipe in recipes:
         resolve(recipe)
-    _check_destinations(options.json, options.html)
+    _check_files(options.json, options.html)
     model, example = _built(options)
     comparison = compare(
         model,
@@ -202,10 +214,13 @@ def _passes(options: argparse.Namespace) -> None:
 
 
 def _write(path: Path, text: str) -> None:
+    """Write a file whole or not at all; into a pipe or a device, what was printed before goes first."""
+    sys.stdout.flush()
     try:
-        write_file(path, text.encode())
+        with written_whole(path) as file:
+            file.write(text.encode())
     except OSError as error:
-        raise InputError(f"{path}: cannot be written: {_reason(error)}.") from error
+        raise _unwritable(path, error) from error
 
 
 if __name__ == "__main__":

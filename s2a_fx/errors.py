@@ -5,6 +5,10 @@ class S2AError(Exception):
     """Base of every error of this package; the command line prints it and exits with status 2."""
 
 
+class S2AWarning(UserWarning):
+    """Something works, but most likely not as wanted; the command line prints it in one line."""
+
+
 class InputError(S2AError, ValueError):
     """An argument is not usable: a model, its inputs, a recipe's name, a pass's option."""
 

@@ -12,6 +12,7 @@ from multiprocessing.connection import Connection
 from typing import TypeVar
 
 from s2a_fx.errors import S2AError
+from s2a_fx.parent_watch import end_with_parent
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -60,6 +61,7 @@ def _received(receiver: Connection) -> list[Result]:
 
 
 def _work(function: Callable[[Item], Result], items: Sequence[Item], sender: Connection) -> None:
+    end_with_parent()
     try:
         sender.send([function(item) for item in items])
     except Exception as error:

@@ -1,9 +1,16 @@
 """What a newcomer types, and what a typing mistake gets."""
 
 import json
+import os
+import stat
+import subprocess
+import sys
+import threading
+from pathlib import Path
 
 import pytest
 
+import s2a_fx.cli
 from s2a_fx.cli import main
 
 MODEL = ["vit_tiny_patch16_224", "--batch-size", "2"]
@@ -78,6 +85,83 @@ def test_mistakes_get_one_line_and_status_2(capsys, arguments, message):
     assert message in captured.err
     assert "Traceback" not in captured.err
     assert captured.out == ""
+
+
+@pytest.fixture
+def no_work(monkeypatch):
+    """Fail if a command begins to simulate."""
+
+    def work(*arguments, **settings):
+        raise AssertionError("work was begun")
+
+    for name in ("compare", "method_cells", "paper_cells", "timm_model"):
+        monkeypatch.setattr(s2a_fx.cli, name, work)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["report", *MODEL, "--json"], ["report", *MODEL, "--html"], ["compare", *MODEL, "--json"], ["table1", "--json"]],
+    ids=" ".join,
+)
+@pytest.mark.parametrize(
+    ("name", "message"), [("folder", "it is a folder"), ("loop", "symbolic links"), ("none/f", "there is no folder")]
+)
+def test_files_that_cannot_be_written_are_refused_before_any_work(command, name, message, no_work, capsys, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "loop").symlink_to("loop")
+    assert main([*command, str(tmp_path / name)]) == 2
+    told = capsys.readouterr().err
+    assert f"{tmp_path / name}: cannot be written: " in told and message in told
+
+
+@pytest.mark.parametrize("command", ["report", "compare"])
+@pytest.mark.parametrize("other", ["out", "folder/../out", "link", "hard"])
+def test_one_file_for_json_and_html_is_refused_before_any_work(command, other, no_work, capsys, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("out")
+    if other == "hard":
+        (tmp_path / "out").touch()
+        (tmp_path / "hard").hardlink_to(tmp_path / "out")
+    assert main([command, *MODEL, "--json", str(tmp_path / "out"), "--html", str(tmp_path / other)]) == 2
+    assert "name the same file; give each a file of its own" in capsys.readouterr().err
+
+
+def test_a_report_goes_into_a_pipe_and_through_a_link(capsys, tmp_path):
+    pipe, page, link = (tmp_path / name for name in ("pipe", "page", "link"))
+    os.mkfifo(pipe)
+    link.symlink_to(page)
+    found = []
+    reader = threading.Thread(target=lambda: found.append(pipe.read_text()), daemon=True)
+    reader.start()
+    assert main(["report", *MODEL, "--recipe", "bias", "--json", str(pipe), "--html", str(link)]) == 0
+    assert pipe.is_fifo() and link.is_symlink() and "<svg" in page.read_text()
+    reader.join(10)
+    assert set(json.loads(found[0])["recipes"]) == {"full", "bias"}
+
+
+def test_a_report_goes_into_a_device(capsys, tmp_path):
+    device = tmp_path / "null"  # a node of the test's own
+    try:
+        os.mknod(device, stat.S_IFCHR | 0o666, os.makedev(1, 3))
+        os.close(os.open(device, os.O_WRONLY))
+    except OSError as error:
+        pytest.skip(f"device nodes cannot be made here: {error}")
+    assert main(["report", *MODEL, "--recipe", "bias", "--json", str(device), "--html", str(device)]) == 0
+    assert device.is_char_device()
+
+
+def test_figures_on_the_standard_output_stand_beside_the_text(tmp_path):
+    """Redirected to a file, which a new one in its place would cut off from the text."""
+    link = tmp_path / "stdout"  # and not /dev/stdout, which a fault would replace
+    link.symlink_to("/proc/self/fd/1")
+    if not Path("/proc/self/fd").is_dir():
+        pytest.skip("there is no /proc/self/fd here")
+    command = [sys.executable, "-m", "s2a_fx.cli", "report", *MODEL, "--recipe", "bias", "--json", str(link)]
+    with (tmp_path / "out").open("w") as out:
+        subprocess.run(command, stdout=out, check=True)
+    figures, end = json.JSONDecoder().raw_decode((tmp_path / "out").read_text())
+    assert set(figures["recipes"]) == {"full", "bias"}
+    assert (tmp_path / "out").read_text()[end:].startswith("vit_tiny_patch16_224: batch 2")
 
 
 @pytest.mark.parametrize("value", ["0", "-3", "many"])

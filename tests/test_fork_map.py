@@ -1,6 +1,8 @@
 """fork_map: order, errors of either process, and no child left waiting."""
 
 import multiprocessing
+import subprocess
+import sys
 
 import pytest
 
@@ -24,3 +26,23 @@ def test_an_error_of_either_process_is_raised_and_no_child_remains(bad):
     with pytest.raises(S2AError, match=f"item {bad}"):
         fork_map(function, range(2), jobs=2)
     assert not multiprocessing.active_children()
+
+
+STUCK = """
+import time
+from s2a_fx.fork_map import fork_map
+
+def stuck(item):
+    if item == 0:
+        print("child", flush=True)
+    time.sleep(60)
+
+fork_map(stuck, range(2), jobs=2)
+"""
+
+
+def test_a_child_ends_with_a_parent_that_is_killed():
+    with subprocess.Popen([sys.executable, "-c", STUCK], stdout=subprocess.PIPE, text=True) as started:
+        assert started.stdout.readline() == "child\n"
+        started.kill()
+        started.communicate(timeout=20)  # the pipe ends with the last process that holds it

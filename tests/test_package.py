@@ -14,7 +14,11 @@ ROOT = Path(__file__).parent.parent
 ORDER = [
     "errors",
     "version",
+    "file_kind",
     "whole_file",
+    "parent_watch",
+    "cgroups",
+    "usable_cores",
     "sharded",
     "graph",
     "fusion",

@@ -151,13 +151,17 @@ def write(record: dict[str, Any], *files: Path) -> None:
     """
     content = {"version": VERSION, "digest": _digest(record), "run": record}
     for file in files:
-        part = file.with_name(f".{file.name}.part")  # of one name: what a killed run leaves is written over
         try:
-            with written_whole(file, part) as stream:
+            with written_whole(file, _part) as stream:
                 torch.save(content, stream)
         except (OSError, RuntimeError) as error:  # of a full disk torch makes an error of its own
             reason = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
             raise InputError(f"{file}: cannot be written: {reason}.") from error
+
+
+def _part(target: Path) -> Path:
+    """Of one name: what a killed run leaves is written over."""
+    return target.with_name(f".{target.name}.part")
 
 
 def require(file: Path) -> None:

@@ -21,7 +21,7 @@ def claimed(folder: Path) -> Iterator[None]:
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / LOCK).open("wb")
+        file = (folder / LOCK).open("ab")  # "wb" would empty what a link of this name leads to
     except OSError as error:
         raise InputError(f"{folder}: cannot be written: {error.strerror}; give another --output.") from error
     with file:

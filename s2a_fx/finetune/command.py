@@ -83,7 +83,7 @@ def add_finetune(commands: Any) -> None:
     add("--channels-last", action="store_true", help="lay out images with channels last")
     add("--compile", action="store_true", help="torch.compile the model")
     add("--parallel", choices=PARALLEL, help="under torchrun: share gradients (ddp), or weights too (fsdp) (default: ddp)")
-    add("--workers", metavar="N", type=not_negative, help="processes that load images")
+    add("--workers", metavar="N", type=not_negative, help="processes that load images, one a core at most")
 
     add = _Group(parser, "what to keep")
     add("--output", metavar="DIR", type=Path, help="folder for checkpoints (default: runs/MODEL-RECIPE)")

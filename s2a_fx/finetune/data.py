@@ -18,8 +18,9 @@ from torchvision.transforms import Compose
 from s2a_fx.errors import InputError
 from s2a_fx.finetune.distributed import Processes
 from s2a_fx.finetune.draws import Drawn, draw_for_batch
+from s2a_fx.finetune.image_files import check_plain, image_files
+from s2a_fx.finetune.interrupts import stand_apart
 from s2a_fx.finetune.options import FinetuneOptions
-from s2a_fx.finetune.workers import start_worker
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,8 @@ def open_data(options: FinetuneOptions, processes: Processes) -> DataSets:
     """The two splits of the run's data set.
 
     Raises:
-        InputError: there is no such data, a split is missing or empty, an image of a folder lies in no class's own, or the classes
-            of the splits do not agree.
+        InputError: there is no such data, a split is missing or empty, an image of a folder is no plain file or lies in no class's
+            own folder, or the classes of the splits do not agree.
     """
     if not options.dataset and not options.data.is_dir():
         raise InputError(f"{options.data}: there is no such folder; give one that holds train/ and val/, or name a --dataset.")
@@ -67,8 +68,6 @@ def _fetch(options: FinetuneOptions) -> None:
 
 
 def _split(options: FinetuneOptions, split: str, **settings: Any) -> Any:
-    if not options.dataset:  # decoded by the transform: timm's own decoding puts the next image in the place of a broken one
-        settings["load_bytes"] = True
     try:
         dataset = create_dataset(options.dataset, root=str(options.data), split=split, download=options.download, **settings)
     except Exception as error:  # each kind of data set has its own
@@ -80,10 +79,10 @@ def _split(options: FinetuneOptions, split: str, **settings: Any) -> Any:
         raise InputError(
             f"{options.data}: has no folder for the split {split!r}; wanted train/ and val/, a folder a class in each."
         )
+    files = image_files(dataset)
+    check_plain(files)
     if not options.dataset:
-        files = dataset.filenames(absolute=True)
         _check_places(Path(dataset.reader.root), files)
-        _check_files(files)
     if not len(dataset):
         raise InputError(f"{options.dataset or options.data}, split {split!r}: has no images.")
     return dataset
@@ -94,14 +93,6 @@ def _check_places(root: Path, files: list[str]) -> None:
     strange = next((file for file in files if Path(file).parent.parent != root), None)
     if strange is not None:
         raise InputError(f"{strange}: lies in no folder of a class; wanted {root}/CLASS/IMAGE. Move it, or take another --dataset.")
-
-
-def _check_files(files: list[str]) -> None:
-    """Refuse what is no file to read: a link that leads nowhere, or a pipe, which may never end."""
-    strange = next((file for file in files if not Path(file).is_file()), None)
-    if strange is not None:
-        what = "is no plain file" if Path(strange).exists() else "is a link that leads nowhere"
-        raise InputError(f"{strange}: {what}; mend it or take it out: no other image stands for it.")
 
 
 def _check_names(options: FinetuneOptions, names: tuple[str, ...], val_names: tuple[str, ...], movable: bool) -> None:
@@ -194,7 +185,7 @@ def make_loader(
         raise InputError(f"augment: timm refuses {options.augment!r}: {error}; give none, crop, or a policy of timm's.") from error
     mode = "L" if config["input_size"][0] == 1 else "RGB"
     dataset.transform = Compose([partial(_decoded, mode=mode), dataset.transform])
-    batches.loader.worker_init_fn = start_worker  # timm's only seeds, and each image has draws of its own
+    batches.loader.worker_init_fn = stand_apart  # timm's only seeds, and each image has draws of its own
     order = Order(dataset, processes.count, processes.rank, shuffle=train, seed=options.seed, drop_last=train)
     batches.loader.batch_sampler.drop_last = train
     batches.loader.batch_sampler.sampler = order  # one order for one process and for many, which can begin anywhere

@@ -7,10 +7,10 @@ therefore goes on from any step as if it had never stopped, with any number of w
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from timm.data import ImageDataset
 from timm.utils import random_seed
 from torch.utils.data import Dataset
+from torchvision.datasets import DatasetFolder
 
 from s2a_fx.errors import UnreadableImage
 
@@ -44,11 +44,33 @@ class Drawn(Dataset[Any]):
     def __getitem__(self, index: int) -> Any:
         draw_for_image(self.seed, self.epoch, index)
         try:
-            return _read(self.dataset, index)
+            return self._image(index)
         except OSError as error:
-            named = getattr(self.dataset, "filename", None)
-            name = named(index, absolute=True) if named else f"image {index} of the data set"
-            raise UnreadableImage(f"{name}: cannot be read ({error}); mend it or take it out.") from error
+            name = self._name(index)
+            told = error if name is None else error.strerror or error  # as text, the error of a missing file repeats its name
+            where = name or f"image {index} of the data set"
+            raise UnreadableImage(f"{where}: cannot be read ({told}); mend it or take it out.") from error
+
+    def _image(self, index: int) -> Any:
+        """The image and its class.
+
+        Of timm's data sets the file is read here, and decoded by the transform: timm's own reading and decoding put the next image
+        in the place of one that is missing or broken.
+        """
+        if not isinstance(self.dataset, ImageDataset):
+            return self.dataset[index]
+        file, target, *_ = self.dataset.reader[index]
+        with file:
+            content = file.read()
+        image = content if self.transform is None else self.transform(content)
+        return image, -1 if target is None else target
+
+    def _name(self, index: int) -> str | None:
+        """The file of an image; None if the data set does not tell it."""
+        if isinstance(self.dataset, DatasetFolder):
+            return self.dataset.samples[index][0]
+        named = getattr(self.dataset, "filename", None)
+        return named and named(index, absolute=True)  # type: ignore[no-any-return]
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -61,16 +83,3 @@ class Drawn(Dataset[Any]):
     @transform.setter
     def transform(self, transform: Any) -> None:
         self.dataset.transform = transform
-
-
-def _read(dataset: Any, index: int) -> Any:
-    """An image and its class; timm's own data set would put the next image in the place of one that cannot be read."""
-    if not isinstance(dataset, ImageDataset):
-        return dataset[index]
-    stream, target, *_ = dataset.reader[index]
-    image = stream.read() if dataset.load_bytes else Image.open(stream)
-    if dataset.input_img_mode and not dataset.load_bytes:
-        image = image.convert(dataset.input_img_mode)
-    if target is not None and dataset.target_transform is not None:
-        target = dataset.target_transform(target)
-    return image if dataset.transform is None else dataset.transform(image), -1 if target is None else target

@@ -6,7 +6,13 @@ from pathlib import Path
 
 import torch
 
-_CGROUPS, _MOUNTED = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+from s2a_fx.cgroups import CGROUPS, MOUNTED, folders_of
+
+_FILES = {
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    2: ("memory.max", "memory.current", "inactive_file"),
+}
+"""By version of the cgroups: limit, use, and what of the use can be dropped."""
 
 
 def free_bytes(device: torch.device) -> int:
@@ -16,7 +22,7 @@ def free_bytes(device: torch.device) -> int:
     """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    free = min([_free_of_machine(), *left_in_cgroups(_CGROUPS, _MOUNTED)])
+    free = min([_free_of_machine(), *left_in_cgroups(CGROUPS, MOUNTED)])
     return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
@@ -30,18 +36,7 @@ def _free_of_machine() -> int:
 
 def left_in_cgroups(cgroups: Path, mounted: Path) -> list[int]:
     """Bytes that are left in each cgroup that limits this process, of version 1 or 2; files in the cache can be dropped."""
-    lines = cgroups.read_text().splitlines() if cgroups.exists() else []
-    found = []
-    for _, controllers, path in (line.split(":", 2) for line in lines):
-        if not controllers:
-            names, root = ("memory.max", "memory.current", "inactive_file"), mounted
-        elif "memory" in controllers.split(","):
-            names, root = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"), mounted / "memory"
-        else:
-            continue
-        inner = root / path.lstrip("/")
-        found += [left for folder in (inner, *inner.parents) if folder.is_relative_to(root) for left in _left(folder, *names)]
-    return found
+    return [left for version, folder in folders_of("memory", cgroups, mounted) for left in _left(folder, *_FILES[version])]
 
 
 def _left(folder: Path, limit: str, used: str, dropped: str) -> Iterator[int]:

@@ -1,11 +1,14 @@
 """Ctrl-C and SIGTERM that lose nothing."""
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+
+from s2a_fx.parent_watch import end_with_parent
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -40,3 +43,12 @@ def interrupts() -> Iterator[Interrupts]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def stand_apart(worker: int) -> None:
+    """Put a process that loads images into a group of its own: what asks the run to stop is sent to the run's whole group.
+
+    What kills the run does not reach it then, so it watches the run.
+    """
+    os.setpgrp()
+    end_with_parent()

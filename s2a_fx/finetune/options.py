@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from s2a_fx.errors import InputError
-from s2a_fx.finetune.workers import check_workers
 from s2a_fx.recipes import GraphPass, recipe_called, resolve, spelled
 
 AMP = ("bfloat16", "float16")
@@ -52,7 +51,7 @@ class FinetuneOptions:
         grad_accumulation: batches whose gradients are added up before the optimizer steps.
         channels_last, compile: memory layout of the images; `torch.compile` the model.
         seed: of everything that is drawn.
-        workers: processes that load images; 0 for none.
+        workers: processes that load images, in each process of the run; 0 for none. `finetune` refuses more than the machine holds.
         device: None for a GPU if there is one.
         memory: bytes that the step may take; None for what is free on the device.
         force: start though it does not fit.
@@ -122,7 +121,6 @@ class FinetuneOptions:
         ):
             if getattr(self, name) < least:
                 raise InputError(f"{name}: got {getattr(self, name)}, wanted {least} or more.")
-        check_workers(self.workers)
         if self.seed >= 2**32:
             raise InputError(f"seed: got {self.seed}, wanted less than {2**32}: NumPy takes no larger one.")
         for option in fields(self):

@@ -1,6 +1,7 @@
 """A fine-tuning run from the options to the best weights."""
 
 import time
+import warnings
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,8 @@ from timm.utils import random_seed
 from torch import nn
 
 from s2a_fx.errors import InputError, PassError
-from s2a_fx.finetune.checkpoint import LAST, TASK, Epoch, Position, State, require
-from s2a_fx.finetune.claim import claimed
+from s2a_fx.finetune.checkpoint import BEST, LAST, TASK, Epoch, Position, State, require
+from s2a_fx.finetune.claim import LOCK, claimed
 from s2a_fx.finetune.data import DataSets, make_loader, make_mixup, open_data
 from s2a_fx.finetune.distributed import Processes, joined, shared
 from s2a_fx.finetune.free_memory import free_bytes
@@ -22,12 +23,14 @@ from s2a_fx.finetune.objective import make_loss, make_optimizer, make_scheduler,
 from s2a_fx.finetune.options import FinetuneOptions
 from s2a_fx.finetune.steps import Precision
 from s2a_fx.finetune.training import Say, Training
+from s2a_fx.finetune.workers import check_workers
 from s2a_fx.graph.capture import trace
 from s2a_fx.graph.structure import residual_blocks
 from s2a_fx.recipes import resolve
 from s2a_fx.report import MB
 from s2a_fx.tasks.base_digests import digests, fingerprint
 from s2a_fx.transform import transform
+from s2a_fx.whole_file import destination
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,8 @@ def finetune(options: FinetuneOptions, say: Say = lambda line: None) -> Finetune
             checkpoint stays.
         Stopped: interrupted by Ctrl-C or SIGTERM; the last checkpoint holds all that was done. A second Ctrl-C stops at once.
     """
-    with joined(options.device, options.parallel) as processes:
+    with joined(options.device, options.parallel) as processes, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)  # `check_workers` says it, by the cgroups too
         return _finetune(options, processes, say if processes.first else lambda line: None)
 
 
@@ -73,6 +77,7 @@ def _finetune(options: FinetuneOptions, processes: Processes, say: Say) -> Finet
     resolve(options.recipe)
     if options.compile and processes.parallel == "fsdp":
         raise InputError("compile: is not supported with parallel 'fsdp'; leave one out.")
+    check_workers(options.workers, processes.first)
     processes.of_first(lambda: _check_folder(options))
     data = open_data(options, processes)
     say(f"{options.data}: {data.classes} classes, {len(data.train):,} images to train on, {len(data.val):,} to evaluate on")
@@ -101,10 +106,24 @@ def _check_folder(options: FinetuneOptions) -> None:
         stands = last.exists()
     except OSError as error:
         raise InputError(f"{options.folder}: cannot be looked into: {error.strerror}; give another --output.") from error
+    _check_files(options.folder)
     if options.resume:
         require(last)
     elif stands:
         raise InputError(f"{last}: a run stands there already; go on with --resume, or give another --output.")
+
+
+def _check_files(folder: Path) -> None:
+    """Refuse a folder whose files the run cannot replace. It reads what it wrote, so pipes and devices will not do."""
+    if not folder.exists():
+        return
+    for file in (folder / name for name in (LAST, BEST, TASK, LOCK)):
+        try:
+            found = destination(file)
+        except OSError as error:
+            raise InputError(f"{file}: cannot be written: {error.strerror}; give another --output.") from error
+        if not found.is_replaced:
+            raise InputError(f"{file}: is {found.kind}, wanted a plain file or none; take it away, or give another --output.")
 
 
 def _check_fit(prediction: Prediction, options: FinetuneOptions, processes: Processes, say: Say) -> None:

@@ -170,6 +170,8 @@ class TaskAdapter:
 def save_adapter(gm: nn.Module, path: str | os.PathLike[str], classes: Sequence[str] | None = None) -> None:
     """Write what `gm`, made by `transform`, has trained to a safetensors file, whole or not at all.
 
+    A symbolic link is followed and stays; a pipe or a device is written into.
+
     Of a model that is spread over processes (FSDP2) every process must call this, and the first one writes. Replicas (DDP) write
     the same file each: let one of them do it, and give it `ddp.module`.
 

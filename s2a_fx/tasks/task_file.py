@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 
 from s2a_fx.errors import AdapterError
-from s2a_fx.whole_file import write_file
+from s2a_fx.whole_file import written_whole
 
 FORMAT = "s2a_fx.task"
 VERSION = "1"
@@ -32,7 +32,7 @@ def bytes_of(tensor: torch.Tensor) -> Any:
 
 
 def write(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write a task file, whole or not at all.
+    """Write a task file, whole or not at all; or write it into a pipe or a device.
 
     Raises:
         AdapterError: the file cannot be written; nothing is left behind, and an older file of that name stays as it is.
@@ -40,10 +40,9 @@ def write(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, torch.T
     said = {"format": FORMAT, "version": VERSION, **metadata}
     data = safetensors.torch.save(dict(tensors), {**said, "digest": _digest(said, tensors)})
     try:
-        if path.exists() and not path.is_file():
-            raise ValueError("it is there, and no file")
-        write_file(path, data)
-    except (OSError, RuntimeError, ValueError) as error:  # a RuntimeError: links in a circle
+        with written_whole(path) as file:
+            file.write(data)
+    except (OSError, ValueError) as error:  # a ValueError: a path that no file can have
         raise AdapterError(
             f"{path}: cannot be written: {_reason(error)}; name a file in a folder that you can write to."
         ) from error

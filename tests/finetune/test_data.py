@@ -2,19 +2,21 @@
 
 import os
 import shutil
-from pathlib import Path
+import socket
+from io import BytesIO
 
 import pytest
 import torch
 from colours import small_run, write_colours
 from PIL import Image
-from timm.data import create_transform
+from timm.data import ImageDataset, create_transform
 
 import s2a_fx.finetune.data as data
-from s2a_fx.errors import InputError, UnreadableImage
+from s2a_fx.errors import InputError
 from s2a_fx.finetune import finetune
 from s2a_fx.finetune.data import make_loader, open_data
 from s2a_fx.finetune.distributed import Processes
+from s2a_fx.finetune.draws import Drawn
 from s2a_fx.finetune.model import build_model, data_config
 
 
@@ -51,31 +53,6 @@ def test_images_are_shown_as_timm_s_settings_of_the_model_have_them(colours, tmp
     assert (_loaders(options)[1].dataset.transform(wide) == wanted).all()
 
 
-@pytest.mark.parametrize("split", ["train", "val"])
-@pytest.mark.parametrize("kind", ["link", "pipe"])
-def test_what_is_no_image_file_is_refused_before_the_run(kind, split, tmp_path):
-    folder = write_colours(tmp_path / "data", 2, 1)
-    strange = folder / split / "red" / "0.png"
-    strange.unlink()
-    if kind == "link":
-        strange.symlink_to("nowhere.png")
-    else:
-        os.mkfifo(strange)
-    with pytest.raises(InputError, match=rf"{split}/red/0.png: is (a link that leads nowhere|no plain file)"):
-        open_data(small_run(folder, tmp_path / "run"), Processes())
-
-
-@pytest.mark.parametrize("index", [0, 1])
-def test_no_image_stands_for_one_that_is_gone(index, tmp_path):
-    """timm's data set reads the next image in the place of one that it cannot open."""
-    found = open_data(small_run(write_colours(tmp_path / "data", 2, 1), tmp_path / "run"), Processes())
-    for data_set in (found.train, found.val):
-        gone = Path(data_set.dataset.filename(index, absolute=True))
-        gone.unlink()
-        with pytest.raises(UnreadableImage, match=gone.name):
-            data_set[index]
-
-
 @pytest.mark.parametrize("place", ["train/0.png", "train/red/day/0.png", "val/0.png"])
 def test_an_image_in_no_folder_of_a_class_is_refused(place, tmp_path):
     folder = write_colours(tmp_path / "data", 2, 1)
@@ -96,7 +73,96 @@ def test_an_image_that_cannot_be_read_ends_the_run_with_its_name(split, content,
     with pytest.raises(InputError) as error:
         finetune(options)
     assert "cannot be read" in str(error.value) and "\n" not in str(error.value)
-    assert ("of the data set: " if dataset else f"{file}: ") in str(error.value)
+    assert str(error.value).startswith(f"{file}: ")
+
+
+FOLDERS = ["", "torch/image_folder"]
+
+
+@pytest.mark.parametrize("dataset", FOLDERS)
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        ("broken link", r"is a link to nowhere\.png and cannot be read \(No such file"),
+        ("circle", r"is a link to 1\.png and cannot be read \(Too many levels"),
+        ("pipe", "is a pipe, wanted a plain file"),
+        ("socket", "is a socket, wanted a plain file"),
+    ],
+)
+def test_an_image_that_is_no_plain_file_is_refused_before_the_run(kind, told, split, dataset, tmp_path, monkeypatch):
+    folder = write_colours(tmp_path / "data", 4, 2)
+    file = folder / split / "green" / "1.png"
+    file.unlink()
+    monkeypatch.chdir(file.parent)  # a socket's name has a hundred letters at most
+    if kind == "pipe":
+        os.mkfifo(file.name)
+    elif kind == "socket":
+        socket.socket(socket.AF_UNIX).bind(file.name)
+    else:
+        file.symlink_to("nowhere.png" if kind == "broken link" else file.name)
+    with pytest.raises(InputError, match=rf"{split}/green/1\.png: {told}"):
+        open_data(small_run(folder, tmp_path / "run", dataset=dataset), Processes())
+
+
+def test_links_to_images_are_images(tmp_path):
+    folder = write_colours(tmp_path / "data", 2, 2)
+    (folder / "train").rename(tmp_path / "elsewhere")
+    (folder / "train").symlink_to(tmp_path / "elsewhere")
+    file = folder / "val" / "red" / "0.png"
+    file.rename(tmp_path / "0.png")
+    file.symlink_to(tmp_path / "0.png")
+    found = open_data(small_run(folder, tmp_path / "run"), Processes())
+    assert (len(found.train), len(found.val)) == (6, 6)
+
+
+@pytest.mark.parametrize("dataset", FOLDERS)
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize(("becomes", "workers"), [("nothing", 0), ("nothing", 1), ("a folder", 0), ("a broken link", 0)])
+def test_an_image_that_goes_in_mid_run_ends_it_with_its_name(becomes, split, dataset, workers, tmp_path):
+    folder = write_colours(tmp_path / "data", 4, 2)
+    file = folder / split / "green" / "1.png"
+
+    def say(line):
+        if line.startswith("it fits"):  # after the files were looked at
+            file.unlink()
+            if becomes == "a folder":
+                file.mkdir()
+            elif becomes == "a broken link":
+                file.symlink_to("nowhere.png")
+
+    with pytest.raises(InputError) as error:
+        finetune(small_run(folder, tmp_path / "run", dataset=dataset, epochs=1, batch_size=4, workers=workers), say)
+    reason = "Is a directory" if becomes == "a folder" else "No such file or directory"
+    assert str(error.value) == f"{file}: cannot be read ({reason}); mend it or take it out."
+
+
+class Listed:
+    """A reader, as those of timm's other data sets are, of images in memory."""
+
+    def __init__(self, *images):
+        self.images = images
+
+    def __getitem__(self, index):
+        return BytesIO(self.images[index]), index
+
+    def __len__(self):
+        return len(self.images)
+
+    def filename(self, index, basename, absolute):
+        return None
+
+
+def test_a_broken_image_of_any_reader_of_timm_s_is_not_replaced(tmp_path):
+    whole = BytesIO()
+    Image.effect_noise((64, 64), 100).save(whole, "png")
+    dataset = ImageDataset("", reader=Listed(whole.getvalue()[:500], whole.getvalue()))
+    options = small_run(tmp_path, tmp_path)
+    config = data_config(build_model(options, 3)[0], options)
+    shown = make_loader(Drawn(dataset, 0), config, options, Processes(), torch.device("cpu"), train=False).dataset
+    assert shown[1][1] == 1
+    with pytest.raises(InputError, match="image 0 of the data set: cannot be read"):
+        shown[0]
 
 
 @pytest.mark.parametrize("dataset", ["", "torch/image_folder"])

@@ -1,5 +1,6 @@
 """What cannot be asked for is told in one line, before anything is written."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -105,6 +106,26 @@ def test_weights_of_another_model(colours, tmp_path):
 def test_an_output_that_no_folder_can_have(colours, tmp_path):
     with pytest.raises(S2AError, match="cannot be looked into: File name too long; give another --output"):
         finetune(small_run(colours, tmp_path / ("o" * 300)))
+
+
+@pytest.mark.parametrize("name", ["best.pt", "last.pt", "task.safetensors", ".lock"])
+@pytest.mark.parametrize("kind", ["pipe", "folder", "loop"])
+def test_an_output_whose_files_the_run_could_not_read_again(name, kind, colours, tmp_path):
+    file = tmp_path / "run" / name
+    file.parent.mkdir()
+    {"pipe": os.mkfifo, "folder": os.mkdir, "loop": lambda path: path.symlink_to(name)}[kind](file)
+    lines = []
+    with pytest.raises(S2AError, match=rf"{name}: .*(is a pipe|is a folder|symbolic links).*; .*give another --output"):
+        finetune(small_run(colours, tmp_path / "run"), lines.append)
+    assert lines == [] and [p.name for p in file.parent.iterdir()] == [name]
+
+
+def test_a_lock_that_is_a_link_empties_no_file(colours, tmp_path):
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").symlink_to(tmp_path / "precious")
+    finetune(small_run(colours, tmp_path / "run", epochs=1, recipe="linear"))
+    assert (tmp_path / "precious").read_text() == "precious"
 
 
 def test_weights_for_colours_serve_grey_images(tmp_path):

@@ -7,6 +7,8 @@ import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from s2a_fx.graph import torch_internals
+
 
 def fake_mode() -> FakeTensorMode:
     """A fresh mode. Tensors hidden in plain attributes stay real: `allow_non_fake_inputs`."""
@@ -18,14 +20,9 @@ def fake_tensor(tensor: torch.Tensor, mode: FakeTensorMode, batch_size: int | No
 
     With `batch_size`, the first dimension is replaced and the result is contiguous.
     """
-    with mode:
-        if batch_size is None:
-            fake = torch.empty_strided(tuple(tensor.shape), tensor.stride(), dtype=tensor.dtype, device="cpu")
-        else:
-            fake = torch.empty(batch_size, *tensor.shape[1:], dtype=tensor.dtype, device="cpu")
-    if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(fake, requires_grad=tensor.requires_grad)
-    return fake.requires_grad_(tensor.requires_grad)
+    shape = tuple(tensor.shape) if batch_size is None else (batch_size, *tensor.shape[1:])
+    stride = tensor.stride() if batch_size is None else None
+    return torch_internals.make_fake(mode, shape, stride, tensor.dtype, tensor.requires_grad, isinstance(tensor, nn.Parameter))
 
 
 def fake_modules(gm: fx.GraphModule, mode: FakeTensorMode) -> nn.Module:

@@ -11,18 +11,17 @@ Only deterministic calls that read no input, parameter or buffer may be missing:
 those whose results nobody reads: they are dead code. An augmented assignment may be a plain operator (see `assignments.py`).
 """
 
+import functools
 import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakIdKeyDictionary
 
 from s2a_fx.graph import torch_internals
 from s2a_fx.graph.torch_internals import storage_key
@@ -32,8 +31,7 @@ _ASSIGNED = {f"aten::{name}_": f"aten::{name}" for name in ("add", "sub", "mul",
 Shape = tuple[tuple[int, ...], torch.dtype]
 
 
-@dataclass(frozen=True)
-class AtenCall:
+class AtenCall(NamedTuple):
     """One call: the operator, what it reads and returns, and what it runs under."""
 
     operator: str
@@ -73,7 +71,7 @@ def behaviour_of(module: nn.Module, inputs: Sequence[torch.Tensor], run: Callabl
     before = {name: (buffer, torch_internals.version_of(buffer)) for name, buffer in module.named_buffers()}
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(recorder.pack, recorder.unpack), recorder:
         leaves, structure = run()
-    recorder.note_reads(leaves)
+    recorder.note_reads(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
     written = frozenset(name for name, b in module.named_buffers() if _is_written(b, *before.get(name, (None, 0))))
     result = tuple((*_shape(v), v.requires_grad) if isinstance(v, torch.Tensor) else v for v in leaves)
     return Behaviour(tuple(recorder.calls), recorder.dead_calls(), recorder.kept(), written, (structure, *result))
@@ -120,6 +118,23 @@ class _Token:
         self.tensor = tensor
 
 
+class _Operator(NamedTuple):
+    """What is known of an ATen operator: its name, whether it draws random numbers, and whether it writes to an operand."""
+
+    name: str
+    draws: bool
+    writes: bool
+
+
+@functools.cache
+def _operator_of(func: Any) -> _Operator | None:
+    """The operator of a call; None for one that asks for the device of a tensor, and computes nothing."""
+    if func.namespace == "prim":
+        return None
+    name = _ASSIGNED.get(func._schema.name, func._schema.name)
+    return _Operator(name, torch.Tag.nondeterministic_seeded in func.tags, func._schema.is_mutable)
+
+
 class _Recorder(TorchDispatchMode):
     """Writes down the calls that depend on an input, parameter or buffer, or draw."""
 
@@ -129,8 +144,7 @@ class _Recorder(TorchDispatchMode):
         self.own = {storage_key(t) for t in [*module.parameters(), *module.buffers()]}
         self.dependent = {*self.own, *map(storage_key, inputs)}  # storages whose values are no constants
         self.alive: list[Any] = []  # a storage that dies would give its key to another
-        self.makers: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensor -> number of the call that made it
-        self.readers: dict[int, set[int | None]] = {}  # that number -> those of the calls that read it; None for what must stay
+        self.readers: dict[int, set[int | None]] = {}  # number of a call -> those that read it; None for what must stay
         self.tokens: weakref.WeakSet[_Token] = weakref.WeakSet()
 
     def pack(self, tensor: torch.Tensor) -> _Token:
@@ -141,11 +155,12 @@ class _Recorder(TorchDispatchMode):
     def unpack(self, token: _Token) -> torch.Tensor:
         return token.tensor
 
-    def note_reads(self, values: Any, reader: int | None = None) -> None:
-        """Remember that the tensors in `values` are read: by a call that may be dead, or by the result or a call that acts."""
-        for leaf in tree_leaves(values):
-            if isinstance(leaf, torch.Tensor) and leaf in self.makers:
-                self.readers[self.makers[leaf]].add(reader)
+    def note_reads(self, tensors: Iterable[torch.Tensor], reader: int | None = None) -> None:
+        """Remember that tensors are read: by a call that may be dead, or by the result or a call that acts."""
+        for tensor in tensors:
+            recorder, maker = getattr(tensor, _MAKER, (None, None))
+            if recorder is self:
+                self.readers[maker].add(reader)
 
     def dead_calls(self) -> frozenset[int]:
         """The calls that nobody reads but others of the kind."""
@@ -160,25 +175,45 @@ class _Recorder(TorchDispatchMode):
         return tuple(sorted(size for key, size in found.items() if key not in self.own))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func.namespace == "prim":  # asks for the device of a tensor, and computes nothing
+        result = func(*args, **kwargs) if kwargs else func(*args)
+        operator = _operator_of(func)
+        if operator is None:
             return result
-        draws = torch.Tag.nondeterministic_seeded in func.tags
-        acts = draws or func._schema.is_mutable
-        self.note_reads((args, kwargs), None if acts else len(self.calls))
-        reads = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        returns = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-        if draws or any(storage_key(t) in self.dependent for t in reads):
-            self.dependent.update(map(storage_key, (*returns, *(reads if func._schema.is_mutable else ()))))
-            self.alive += [tensor.untyped_storage() for tensor in returns]
-            autocast = tuple(map(torch.is_autocast_enabled, ("cpu", "cuda")))
+        acts = operator.draws or operator.writes
+        number = len(self.calls)
+        reads = _tensors_in((*args, *kwargs.values()) if kwargs else args)
+        self.note_reads(reads, None if acts else number)
+        keys = [storage_key(t) for t in reads]
+        if operator.draws or not self.dependent.isdisjoint(keys):
+            returns = _tensors_in((result,))
+            storages = [t.untyped_storage() for t in returns]
+            self.alive += storages
+            self.dependent.update(map(torch_internals.key_of_storage, storages))
+            if operator.writes:
+                self.dependent.update(keys)
+            autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
             shapes = tuple(map(_shape, reads)), tuple(map(_shape, returns))
-            name = _ASSIGNED.get(func._schema.name, func._schema.name)
-            self.calls.append(AtenCall(name, *shapes, torch.is_grad_enabled(), autocast))
+            self.calls.append(AtenCall(operator.name, *shapes, torch.is_grad_enabled(), autocast))
             if not acts:
-                self.readers[len(self.calls) - 1] = set()
-                self.makers.update(dict.fromkeys(returns, len(self.calls) - 1))
+                self.readers[number] = set()
+                for tensor in returns:
+                    setattr(tensor, _MAKER, (self, number))
         return result
+
+
+_MAKER = "s2a_fx_maker"
+"""Attribute of a tensor: the recorder that saw the call that made it, and the call's number."""
+
+
+def _tensors_in(values: Iterable[Any]) -> list[torch.Tensor]:
+    """The tensors among the arguments or results of an operator, which nest in lists and tuples alone."""
+    found: list[torch.Tensor] = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += _tensors_in(value)
+    return found
 
 
 class _Reached(Exception):

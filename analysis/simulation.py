@@ -80,35 +80,39 @@ def simulate(
     return StepRecord(tuple(ledger.storages), saves, in_steady_state(ledger), assumptions)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Stepping:
     """What trains, and how a step ends.
 
     Attributes:
-        trained: the parameters that have gradients.
-        optimizer: over some of them; None if there is none.
-        stands_for: for each parameter of the optimizer's, how many parameters it stands for (see `stand_ins`).
+        trained: the parameters that may have gradients.
+        optimizer: as in `simulate`.
+        foreach: as in `make_optimizer`.
+        stepped: the optimizer after its step, which keeps its state alive.
     """
 
     trained: tuple[torch.nn.Parameter, ...]
-    optimizer: torch.optim.Optimizer | None
-    stands_for: dict[torch.nn.Parameter, int]
+    optimizer: str | Callable[..., torch.optim.Optimizer] | None
+    foreach: bool
+    stepped: torch.optim.Optimizer | None = None
 
     @staticmethod
     def of(model: torch.nn.Module, optimizer: str | Callable[..., torch.optim.Optimizer] | None, foreach: bool) -> "Stepping":
-        trained = tuple(p for p in model.parameters() if p.requires_grad)
-        stands_for = stand_ins(optimizer, trained, foreach)
-        return Stepping(trained, make_optimizer(optimizer, list(stands_for), foreach) if trained else None, stands_for)
+        return Stepping(tuple(p for p in model.parameters() if p.requires_grad), optimizer, foreach)
 
     def step(self, ledger: Ledger) -> None:
-        """Say which storages are gradients, and run the optimizer on them."""
-        ledger.claim((p.grad for p in self.trained if p.grad is not None), "gradient")
-        if self.optimizer is None:
+        """Say which storages are gradients, and run the optimizer on them; what the loss does not depend on has none."""
+        moved = [p for p in self.trained if p.grad is not None]
+        ledger.claim((p.grad for p in moved if p.grad is not None), "gradient")
+        stands_for = stand_ins(self.optimizer, moved if isinstance(self.optimizer, str) else self.trained, self.foreach)
+        optimizer = make_optimizer(self.optimizer, list(stands_for), self.foreach) if stands_for else None
+        if optimizer is None:
             return
         ledger.enter("optimizer", "")
-        self.optimizer.step()
-        for parameter, count in self.stands_for.items():
-            ledger.claim_state(self.optimizer.state[parameter].values(), count)
+        optimizer.step()
+        for parameter, count in stands_for.items():
+            ledger.claim_state(optimizer.state[parameter].values(), count)
+        self.stepped = optimizer
 
 
 def run_backward(value: torch.Tensor) -> None:

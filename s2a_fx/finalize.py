@@ -19,6 +19,7 @@ from timm.layers import DropPath
 from torch import fx, nn
 
 from s2a_fx.errors import InputError
+from s2a_fx.graph.call_code import CallCode
 from s2a_fx.graph.capture import share_weights
 from s2a_fx.graph.edit import free_path
 from s2a_fx.graph.flow import attribute, eliminate_dead_code, writes
@@ -73,7 +74,11 @@ def finalize(gm: fx.GraphModule) -> fx.GraphModule:
 def _written(gm: Any, name: str) -> fx.GraphModule:
     writer = _Writer(gm)
     inputs = [writer.create_proxy("placeholder", n.target, n.args, {}) for n in gm.graph.nodes if n.op == "placeholder"]
-    result = _Inference(gm, writer).run(*inputs)
+    code, inference = gm.graph._codegen, _Inference(gm, writer)
+    if isinstance(code, CallCode):
+        result = code.eval_result(inference.run(*inputs, enable_io_processing=False))
+    else:
+        result = inference.run(*inputs)
     writer.graph.output(writer.create_arg(result))
     return fx.GraphModule(writer.root, writer.graph, name)
 

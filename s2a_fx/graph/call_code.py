@@ -8,7 +8,8 @@ def forward(self, pixel_values = None, labels = None, **kwargs):
 """
 
 import inspect
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch.fx.graph import CodeGen
@@ -20,20 +21,32 @@ _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """The structure of what a model returns in train and in eval mode. A graph returns the leaves; a mode reads the first ones."""
+    """The structure of what a model returns. A graph returns the leaves; a mode reads the first ones.
+
+    Attributes:
+        train, eval: in either mode.
+        without: which leaves are absent without an optional argument -> the structures that hold the others in either mode. Where
+            several arguments are left out that make other leaves, those are None.
+    """
 
     train: Structure
     eval: Structure
+    without: Mapping[tuple[int, ...], tuple[Structure, Structure]] = field(default_factory=dict)
 
     def build(self, leaves: tuple[Any, ...], training: bool = True) -> Any:
         """What the model returns, of the graph's leaves."""
-        structure = self.train if training else self.eval
+        missing = {index for indices in self.without for index in indices if leaves[index] is None}
+        absent = tuple(sorted(missing))
+        train, evaluation = self.without.get(absent, (self.train, self.eval))
+        if absent in self.without:
+            leaves = tuple(leaf for index, leaf in enumerate(leaves) if index not in missing)
+        structure = train if training else evaluation
         return structure.build(leaves[: structure.count])
 
     @property
     def is_plain(self) -> bool:
-        """Whether tuples, lists and dicts hold all leaves, in both modes alike: then the graph's output is the result itself."""
-        return self.train == self.eval and self.train.is_plain
+        """Whether tuples, lists and dicts hold all leaves, always alike: then the graph's output is the result itself."""
+        return self.train == self.eval and self.train.is_plain and not self.without
 
 
 class CallCode(CodeGen):
@@ -69,6 +82,10 @@ class CallCode(CodeGen):
 
     def process_outputs(self, outputs: Any) -> Any:
         return outputs if self.result.is_plain else self.result.build(outputs)
+
+    def eval_result(self, outputs: Any) -> Any:
+        """What the model returns in eval mode where the graph returns `outputs`."""
+        return outputs if self.result.is_plain else self.result.build(outputs, training=False)
 
     def additional_globals(self) -> list[tuple[str, Any]]:
         return [("_signature", self.signature), ("_result", self.result)]

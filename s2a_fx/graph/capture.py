@@ -13,14 +13,16 @@ torch.fx captures first; what it cannot follow, or follows unfaithfully, Dynamo 
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from s2a_fx.errors import InputError, TraceError
 from s2a_fx.graph import fidelity, torch_internals
@@ -33,7 +35,9 @@ from s2a_fx.graph.flow import eliminate_dead_code
 from s2a_fx.graph.fx_capture import THROUGH, Captured, capture_by_fx, first_line, place_of
 from s2a_fx.graph.inputs import Signature, Structure
 from s2a_fx.graph.metadata import signature_of, start_record
+from s2a_fx.graph.model_attributes import Skeleton, free_names, match_state
 from s2a_fx.graph.modes import align_modes
+from s2a_fx.graph.optional import FlatCapture, absent_results, dependents_of, make_optional
 from s2a_fx.graph.scopes import close_scopes
 from s2a_fx.graph.shapes import propagate
 from s2a_fx.graph.traced_module import TracedModule
@@ -63,7 +67,8 @@ def trace(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
         signature = signature_of(owned)
         if signature is None:
             signature, inputs = Signature.of(owned, example_inputs)
-            return _capture(owned, signature, inputs)
+            renamed = free_names(owned)
+            return _capture(_Example(owned, signature, inputs, renamed, Skeleton.of(owned)))
         gm: fx.GraphModule = owned  # type: ignore[assignment]
         inputs = signature.example_leaves(example_inputs)
         if _knows_shapes(gm) and all(_is_same_kind(t, v) for t, v in zip(inputs, traced_inputs(gm), strict=True)):
@@ -106,20 +111,36 @@ def share_weights(model: nn.Module) -> nn.Module:
         ) from error
 
 
-def _capture(model: nn.Module, signature: Signature, inputs: Sequence[torch.Tensor]) -> TracedModule:
-    """A faithful graph of `model`, a private copy: by torch.fx, or else by Dynamo."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        wanted = _behaviours_of_model(model, signature, inputs)
-        refusals = []
-        for capture in (_by_fx, capture_by_dynamo):
-            try:
-                return _faithful(model, signature, inputs, capture, modes, wanted)
-            except TraceError as refusal:
-                refusals.append(str(refusal).rstrip("."))
-    finally:
-        for module, training in modes:
-            module.training = training
+@dataclass(frozen=True)
+class _Example:
+    """A model, a private copy, how it is called, the names that `free_names` gave to its parts, and what callers read of it."""
+
+    model: nn.Module
+    signature: Signature
+    inputs: tuple[torch.Tensor, ...]
+    renamed: Mapping[str, str]
+    skeleton: Skeleton
+
+    def drop(self, name: str) -> "_Example":
+        """The same model, copied, called without an argument."""
+        inputs = tuple(t for leaf, t in zip(self.signature.names, self.inputs, strict=True) if leaf != name)
+        return replace(self, model=share_weights(self.model), signature=self.signature.drop(name), inputs=inputs)
+
+
+def _capture(example: _Example) -> TracedModule:
+    """A faithful graph: by torch.fx, or else by Dynamo."""
+    wanted = _behaviours_of_model(example)
+    refusals = []
+    for capture in (_by_fx, capture_by_dynamo):
+        others = {name: example.drop(name) for name in example.signature.droppable}
+        try:
+            graph, result = _flat_graph(example, capture)
+            gm = _build(example, *_with_optional(example, others, capture, graph, result))
+            _check_fidelity(example, gm, result, wanted)
+        except TraceError as refusal:
+            refusals.append(str(refusal).rstrip("."))
+        else:
+            return gm
     raise TraceError(
         f"{refusals[0]}; and Dynamo: {refusals[1]}. Rewrite that line without control flow on tensors, or mark its module with "
         "timm.layers.register_notrace_module so that it stays one opaque node."
@@ -130,72 +151,102 @@ def _by_fx(model: nn.Module, signature: Signature, inputs: Sequence[torch.Tensor
     return capture_by_fx(model, signature)
 
 
-def _faithful(
-    model: nn.Module,
-    signature: Signature,
-    inputs: Sequence[torch.Tensor],
-    capture: Capture,
-    modes: Sequence[tuple[nn.Module, bool]],
-    wanted: Sequence[Behaviour | None],
-) -> TracedModule:
-    """The graph by `capture`; raises `TraceError` if it does not behave as `wanted` of train and eval mode."""
-    train, evaluation = (capture(model.train(mode), signature, inputs) for mode in _MODES)
-    for module, training in modes:
-        module.training = training
-    graph = align_modes(model, train.graph, evaluation.graph)
-    result = Result(train.structure, evaluation.structure)
+def _flat_graph(example: _Example, capture: Capture) -> tuple[fx.Graph, Result]:
+    """The flat graph of both modes, and the structure of what it returns; the model stays in its mode."""
+    model = example.model
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        train, evaluation = (capture(model.train(mode), example.signature, example.inputs) for mode in _MODES)
+    finally:
+        for module, training in modes:
+            module.training = training
+    return align_modes(model, train.graph, evaluation.graph), Result(train.structure, evaluation.structure)
+
+
+def _with_optional(
+    example: _Example, others: Mapping[str, _Example], capture: Capture, graph: fx.Graph, result: Result
+) -> tuple[fx.Graph, Result, tuple[str, ...]]:
+    """The graph, its result and the names of the arguments that calls may leave out."""
+    full = FlatCapture(example.model, graph)
+    arguments: dict[tuple[fx.Node, ...], list[str]] = {}  # what depends on arguments -> their names
+    without = {}
+    for name, other in others.items():
+        try:
+            smaller, smaller_result = _flat_graph(other, capture)
+        except (TraceError, InputError):
+            continue  # the model itself needs the argument
+        found = dependents_of(full, FlatCapture(other.model, smaller), name)
+        if found is None or any(set(found) & set(nodes) for nodes in arguments if nodes != tuple(found)):
+            continue
+        arguments.setdefault(tuple(found), []).append(name)
+        absent = absent_results(graph, found)
+        if absent and smaller_result.train != result.train:  # else None stands for what is absent
+            without[absent] = smaller_result.train, smaller_result.eval
+    for nodes, names in arguments.items():
+        make_optional(full, names, nodes)
+    return graph, replace(result, without=without), tuple(name for names in arguments.values() for name in names)
+
+
+def _build(example: _Example, graph: fx.Graph, result: Result, optional: tuple[str, ...]) -> TracedModule:
+    """The graph module that is called as the model is."""
+    signature = replace(example.signature, optional=optional)
     if result.is_plain:
-        output = graph.output_node()
-        output.args = (result.build(output.args[0]),)  # type: ignore[arg-type]
+        output: Any = graph.output_node()
+        output.args = (result.build(output.args[0]),)
     graph.set_codegen(CallCode(signature, result))
-    gm = TracedModule(model, graph, type(model).__name__)
-    start_record(gm, model, signature)
+    gm = TracedModule(example.model, graph, type(example.model).__name__)
+    match_state(gm, example.model, example.renamed)
+    start_record(gm, example.skeleton, signature)
     close_scopes(gm)
     eliminate_dead_code(gm)
-    propagate(gm, inputs)
+    propagate(gm, example.inputs)
     replace_assignments(gm)
     propagate(gm)
     gm.graph.lint()
     gm.recompile()
-    for training, expected in zip(_MODES, wanted, strict=True):
-        if expected is None:
-            continue
-        differs = fidelity.difference(expected, _behaviour_of_graph(gm, inputs, result, training))
-        if differs is not None:
-            text, index = differs
-            place = None if index is None else _place_of_call(model, signature, inputs, training, index)
-            mode = "train" if training else "eval"
-            raise TraceError(f"{place or 'the model itself'}: in {mode} mode {text}")
     return gm
 
 
-def _behaviours_of_model(model: nn.Module, signature: Signature, inputs: Sequence[torch.Tensor]) -> list[Behaviour | None]:
+def _check_fidelity(example: _Example, gm: fx.GraphModule, result: Result, wanted: Sequence[Behaviour | None]) -> None:
+    """Raise `TraceError` unless the graph does what the model does in train mode and in eval mode."""
+    for training, expected in zip(_MODES, wanted, strict=True):
+        if expected is None:
+            continue
+        differs = fidelity.difference(expected, _behaviour_of_graph(gm, example.inputs, result, training))
+        if differs is not None:
+            text, index = differs
+            place = None if index is None else _place_of_call(example, training, index)
+            mode = "train" if training else "eval"
+            raise TraceError(f"{place or 'the model itself'}: in {mode} mode {text}")
+
+
+def _behaviours_of_model(example: _Example) -> list[Behaviour | None]:
     """What the model does in train mode and in eval mode; None for a mode in which it is not and that refuses the inputs."""
-    present = model.training
+    model = example.model
     found: list[Behaviour | None] = []
     for training in _MODES:
         mode = fake_mode()
         with mode, _without_fast_path(model):
-            fakes, leaves, run = _fake_run(model, signature, inputs, training, mode)
+            fakes, leaves, run = _fake_run(example, training, mode)
             try:
                 found.append(fidelity.behaviour_of(fakes, leaves, run))
             except torch_internals.READS_VALUE as error:
-                raise _refusal_of_reading(model, signature, error) from error
+                raise _refusal_of_reading(example, error) from error
             except Exception as error:
-                if training == present:
-                    raise _refusal_of_inputs(model, inputs, error) from error
+                if training == model.training:
+                    raise _refusal_of_inputs(model, example.inputs, error) from error
                 found.append(None)
     return found
 
 
-def _refusal_of_reading(model: nn.Module, signature: Signature, error: Exception) -> TraceError:
+def _refusal_of_reading(example: _Example, error: Exception) -> TraceError:
     """Tells which module reads the value of a tensor."""
     try:
-        capture_by_fx(model, signature)
+        capture_by_fx(example.model, example.signature)
     except TraceError as refusal:
         place = str(refusal)
     else:
-        place = f"{place_of(model, '', error)}: reads the value of a tensor"
+        place = f"{place_of(example.model, '', error)}: reads the value of a tensor"
     return TraceError(
         f"{place}. A graph cannot branch on values, or read them as numbers: rewrite that line with torch.where or the like, or "
         "mark its module with timm.layers.register_notrace_module so that it stays one opaque node."
@@ -203,22 +254,23 @@ def _refusal_of_reading(model: nn.Module, signature: Signature, error: Exception
 
 
 def _fake_run(
-    model: nn.Module, signature: Signature, inputs: Sequence[torch.Tensor], training: bool, mode: FakeTensorMode
+    example: _Example, training: bool, mode: FakeTensorMode
 ) -> tuple[nn.Module, list[torch.Tensor], Callable[[], tuple[list[Any], Structure]]]:
     """A fake copy of the model, fake inputs, and a function that calls the one on the others."""
-    memo: dict[int, Any] = {id(t): fake_tensor(t, mode) for t in [*model.parameters(), *model.buffers()]}
+    model = example.model
+    memo: dict[int, Any] = {id(t): t for t in torch_internals.plain_tensors(model)}
+    memo |= {id(t): fake_tensor(t, mode) for t in [*model.parameters(), *model.buffers()]}
     fakes = copy.deepcopy(model, memo).train(training)
-    leaves = [fake_tensor(t, mode) for t in inputs]
-    args, kwargs = signature.arguments(leaves)
+    leaves = [fake_tensor(t, mode) for t in example.inputs]
+    args, kwargs = example.signature.arguments(leaves)
     return fakes, leaves, lambda: Structure.of(fakes(*args, **kwargs))
 
 
-def _place_of_call(
-    model: nn.Module, signature: Signature, inputs: Sequence[torch.Tensor], training: bool, index: int
-) -> str | None:
+def _place_of_call(example: _Example, training: bool, index: int) -> str | None:
+    """The line of the model that makes a call, by its number in the model's behaviour."""
     mode = fake_mode()
-    with mode, _without_fast_path(model):
-        return fidelity.place_of_call(*_fake_run(model, signature, inputs, training, mode), index)
+    with mode, _without_fast_path(example.model):
+        return fidelity.place_of_call(*_fake_run(example, training, mode), index)
 
 
 def _behaviour_of_graph(gm: fx.GraphModule, inputs: Sequence[torch.Tensor], result: Result, training: bool) -> Behaviour:
@@ -232,7 +284,7 @@ def _behaviour_of_graph(gm: fx.GraphModule, inputs: Sequence[torch.Tensor], resu
         interpreter = fx.Interpreter(fakes, graph=gm.graph)
         interpreter.extra_traceback = False
         output = interpreter.run(*leaves, enable_io_processing=False)
-        found = Structure.of(output)[0] if result.is_plain else list(output)
+        found = tree_leaves(output)
         return found[: structure.count], structure
 
     with mode:

@@ -13,7 +13,7 @@ from s2a_fx.graph.traced_module import TracedModule
 
 
 def extract_region(
-    gm: fx.GraphModule, nodes: Sequence[fx.Node], operands: Sequence[fx.Node], outputs: Sequence[fx.Node] | None = None
+    gm: nn.Module, nodes: Sequence[fx.Node], operands: Sequence[fx.Node], outputs: Sequence[fx.Node] | None = None
 ) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
     """Copy a part of a graph into a module of its own; `gm` is left as it is.
 

@@ -171,8 +171,9 @@ class _Recorder(TorchDispatchMode):
         return frozenset(found)
 
     def kept(self) -> tuple[int, ...]:
+        """The bytes of each storage that autograd keeps, but for parameters, buffers, and constants."""
         found = {storage_key(t.tensor): t.tensor.untyped_storage().nbytes() for t in self.tokens}
-        return tuple(sorted(size for key, size in found.items() if key not in self.own))
+        return tuple(sorted(size for key, size in found.items() if key in self.dependent - self.own))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         result = func(*args, **kwargs) if kwargs else func(*args)

@@ -8,13 +8,13 @@ import dataclasses
 import inspect
 import keyword
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import SequenceKey, TreeSpec, tree_flatten, tree_flatten_with_path, tree_leaves, tree_unflatten
 
 from s2a_fx.errors import InputError
 
@@ -56,8 +56,8 @@ class Structure:
         leaves: list[Any] = []
         opened = []
         for index, leaf in enumerate(found):
-            if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
-                inner, structure = Structure.of({f.name: getattr(leaf, f.name) for f in dataclasses.fields(leaf)})
+            if (fields := _fields(leaf)) is not None:
+                inner, structure = Structure.of(fields)
                 opened.append((index, type(leaf), structure, len(inner)))
                 leaves += inner
             else:
@@ -149,7 +149,7 @@ class Signature:
             InputError: the model does not take these arguments, there is no tensor among them, or tensors lie on several devices.
         """
         inputs = Inputs.of(example_inputs)
-        if not any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves((inputs.args, inputs.kwargs))):
+        if not any(isinstance(leaf, torch.Tensor) for leaf in Structure.of((inputs.args, inputs.kwargs))[0]):
             got = ", ".join(type(value).__name__ for value in (*inputs.args, *inputs.kwargs.values())) or "nothing"
             raise InputError(
                 f"example_inputs: got {got}, wanted tensors; "
@@ -161,12 +161,29 @@ class Signature:
         tensors: dict[str, torch.Tensor] = {}
         for name, value in _named_arguments(parameters, bound):
             leaves, structure = Structure.of(value)
-            named = [(_leaf_name(name, structure, i, leaf, tensors), leaf) for i, leaf in enumerate(leaves)]
+            named = list(zip(_name_leaves(name, value, tensors), leaves, strict=True))
             tensors |= {n: leaf for n, leaf in named if n is not None}
             given[name] = _Given(structure, tuple((n, None if n is not None else leaf) for n, leaf in named))
         _check_devices(model, tensors.values())
         count = len(inputs.args)
         return Signature(parameters, given, tuple(list(given)[:count])), tuple(tensors.values())
+
+    @property
+    def droppable(self) -> tuple[str, ...]:
+        """The arguments that are one tensor each and have a default."""
+        parameters = self.parameters.parameters
+        return tuple(
+            name
+            for name, given in self.given.items()
+            if name in parameters and parameters[name].default is None and given.names == (name,)
+        )
+
+    def drop(self, name: str) -> "Signature":
+        """The signature of the calls that leave an argument out."""
+        given = {other: value for other, value in self.given.items() if other != name}
+        if name in self.args:  # those behind it are then passed by keyword
+            return replace(self, given=given, args=self.args[: self.args.index(name)])
+        return replace(self, given=given)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -206,7 +223,11 @@ class Signature:
     def example_leaves(self, example_inputs: Any) -> tuple[Any, ...]:
         """The tensors of other example inputs."""
         inputs = Inputs.of(example_inputs)
-        return self.leaves(inputs.args, inputs.kwargs)
+        leaves = self.leaves(inputs.args, inputs.kwargs)
+        if any(leaf is None for leaf in leaves):  # an optional argument
+            name = next(name for name, leaf in zip(self.names, leaves, strict=True) if leaf is None)
+            raise InputError(self._missing(name))
+        return leaves
 
     @property
     def takes_tensors_alone(self) -> bool:
@@ -261,8 +282,7 @@ def _bind(parameters: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str
     except TypeError as error:
         if missing := _missing(parameters, args, kwargs):
             raise InputError(f"the model's forward also needs {', '.join(missing)}; give an example input for each.") from None
-        takes = ", ".join(map(str, parameters.parameters.values())) or "no arguments"
-        raise InputError(f"the model's forward takes ({takes}), got other example inputs ({error}).") from None
+        raise InputError(f"the model's forward takes {parameters}, got other example inputs ({error}).") from None
 
 
 def _missing(parameters: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
@@ -288,16 +308,41 @@ def _named_arguments(parameters: inspect.Signature, bound: inspect.BoundArgument
             yield name, value
 
 
-def _leaf_name(name: str, structure: Structure, index: int, leaf: Any, taken: Mapping[str, Any]) -> str | None:
-    """A name for the tensor at a leaf that is a Python identifier; None for a constant."""
-    if not isinstance(leaf, torch.Tensor):
+def _leaf_keys(value: Any) -> list[str]:
+    """For each leaf of a value the keys, fields and indices that lead to it, joined by underscores."""
+    try:
+        found, _ = tree_flatten_with_path(value)
+    except ValueError:  # a container that does not tell its keys
+        found = [((SequenceKey(index),), leaf) for index, leaf in enumerate(tree_leaves(value))]
+    keys = []
+    for path, leaf in found:
+        own = "".join(f"_{getattr(key, 'idx', getattr(key, 'key', getattr(key, 'name', '')))}" for key in path)
+        fields = _fields(leaf)
+        keys += [own] if fields is None else [own + inner for inner in _leaf_keys(fields)]
+    return keys
+
+
+def _fields(leaf: Any) -> dict[str, Any] | None:
+    """The fields of a dataclass, which no pytree knows; None for any other leaf."""
+    if not dataclasses.is_dataclass(leaf) or isinstance(leaf, type):
         return None
-    single = structure.spec.num_leaves == 1 and structure.spec.is_leaf()
-    wanted = re.sub(r"\W", "_", name if single else f"{name}_{index}")
-    found = wanted if not keyword.iskeyword(wanted) else f"{wanted}_"
-    while found in taken:
-        found += "_"
-    return found
+    return {field.name: getattr(leaf, field.name) for field in dataclasses.fields(leaf)}
+
+
+def _name_leaves(name: str, value: Any, taken: Container[str]) -> list[str | None]:
+    """For each leaf of an argument a name of its own, a Python identifier, or None where it is a constant."""
+    names: list[str | None] = []
+    for keys, leaf in zip(_leaf_keys(value), Structure.of(value)[0], strict=True):
+        if not isinstance(leaf, torch.Tensor):
+            names.append(None)
+            continue
+        found = re.sub(r"\W", "_", name + keys)
+        if not found.isidentifier():
+            found = f"_{found}"
+        while keyword.iskeyword(found) or found in taken or found in names:
+            found += "_"
+        names.append(found)
+    return names
 
 
 def _is_default(parameter: inspect.Parameter, value: Any) -> bool:

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
-from s2a_fx.graph import torch_internals
 from s2a_fx.graph.inputs import Signature
+from s2a_fx.graph.model_attributes import Skeleton, answer_as, copy_attributes
 
 _KEY = "s2a_fx"
 
@@ -19,6 +19,16 @@ class Note:
     reason: str
 
 
+@dataclass(frozen=True)
+class Origin:
+    """The model's name, each pass with all its options, in the order in which they were applied, and the parameters that they left
+    trainable, by name."""
+
+    model: str
+    passes: tuple[str, ...]
+    trained: tuple[str, ...]
+
+
 @dataclass
 class GraphRecord:
     """What is known of a graph beside its nodes.
@@ -26,16 +36,20 @@ class GraphRecord:
     Attributes:
         base_parameters: how many parameters the model had before any pass.
         signature: how the model is called; None for a graph that `trace` did not make.
-        non_persistent: paths of the buffers that the model leaves out of its state dict.
+        skeleton: the model without its weights; None for a graph that `trace` did not make.
+        attributes: the names of the plain attributes that the graph module has from the model.
         notes: what passes did or left alone, and why; the report prints them.
         report_from: report every saved tensor of at least so many bytes that is not coded; None where nothing is compressed.
+        origin: the model and the passes that made the graph; None before `transform`.
     """
 
     base_parameters: int
     signature: Signature | None = None
-    non_persistent: tuple[str, ...] = ()
+    skeleton: Skeleton | None = None
+    attributes: tuple[str, ...] = ()
     notes: tuple[Note, ...] = ()
     report_from: int | None = None
+    origin: Origin | None = None
 
 
 def record_of(gm: fx.GraphModule) -> GraphRecord:
@@ -45,23 +59,29 @@ def record_of(gm: fx.GraphModule) -> GraphRecord:
     return gm.meta[_KEY]  # type: ignore[no-any-return]
 
 
-def start_record(gm: fx.GraphModule, model: nn.Module, signature: Signature) -> None:
-    """Write a new record on a graph that was captured from `model`."""
-    gm.meta[_KEY] = GraphRecord(
-        sum(p.numel() for p in model.parameters()), signature, torch_internals.non_persistent_buffers(model)
-    )
-    leave_out_non_persistent(gm)
-    torch_internals.call_after_deepcopy(gm, leave_out_non_persistent)
+def find_record(module: nn.Module) -> GraphRecord | None:
+    """The record of a graph module that has one; None for any other module."""
+    return module.meta.get(_KEY) if isinstance(module, fx.GraphModule) else None
+
+
+def start_record(gm: fx.GraphModule, skeleton: Skeleton, signature: Signature) -> None:
+    """Write a new record on a captured graph, and give it what callers read of the model."""
+    base = sum(p.numel() for p in gm.parameters())
+    gm.meta[_KEY] = GraphRecord(base, signature, skeleton, copy_attributes(gm, skeleton))
+    answer_as_model(gm)
+
+
+def answer_as_model(gm: fx.GraphModule) -> None:
+    """Let the class of a graph module, which is that of no other, answer as the model's (see `model_attributes.py`)."""
+    record = find_record(gm)
+    if record is not None and record.skeleton is not None:
+        answer_as(gm, record.skeleton)
 
 
 def signature_of(module: nn.Module) -> Signature | None:
     """How a graph module that `trace` made is called; None for any other module."""
-    return record_of(module).signature if isinstance(module, fx.GraphModule) else None
-
-
-def leave_out_non_persistent(gm: fx.GraphModule) -> None:
-    """Leave out of the graph's state dict what the model leaves out of its own: torch 2.11 lets a graph save all buffers."""
-    torch_internals.make_non_persistent(gm, record_of(gm).non_persistent)
+    record = find_record(module)
+    return None if record is None else record.signature
 
 
 def base_parameters(gm: fx.GraphModule) -> int:

@@ -6,6 +6,7 @@ Each has what it is used for. All were tried on torch 2.11 and 2.14.
 import builtins
 import collections
 import contextlib
+import functools
 import inspect
 import linecache
 import random
@@ -24,6 +25,7 @@ from torch import fx, nn
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves
 
 # Capture: what the model does around its calls.
 
@@ -441,12 +443,47 @@ def _without_source() -> Iterator[None]:
             _forget_source(key)
 
 
-def call_after_deepcopy(gm: fx.GraphModule, hook: Callable[[fx.GraphModule], None]) -> None:
-    """Call `hook` with each deep copy of a graph module."""
-    gm._register_deepcopy_hook(hook)
+@functools.cache
+def graph_module_names() -> frozenset[str]:
+    """The attributes that a graph module has and other modules lack."""
+    gm = fx.GraphModule(nn.Module(), fx.Graph())
+    free_source_with(type(gm).forward)
+    return frozenset(dir(gm)).difference(dir(nn.Module())).union(("_in_spec", "_out_spec"))
 
 
-# Buffers.
+def call_deepcopy_hooks(gm: fx.GraphModule) -> None:
+    """Tell those who asked for it that `gm` is a copy."""
+    for hook in gm._deepcopy_hooks:
+        hook(gm)
+
+
+# Modules: children, parameters and buffers.
+
+
+MODULE_TABLES = ("_parameters", "_buffers", "_modules")
+"""Attributes in which a module holds its parameters, buffers and children."""
+
+
+def entries(module: nn.Module) -> list[str]:
+    """The names of a module's own children, parameters and buffers."""
+    return [*module._modules, *module._parameters, *module._buffers]
+
+
+def plain_tensors(model: nn.Module) -> list[torch.Tensor]:
+    """The tensors that modules hold in plain attributes, and in tuples, lists and dicts among those."""
+    values = [value for module in model.modules() for name, value in vars(module).items() if name not in MODULE_TABLES]
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
+
+
+def rename_entry(module: nn.Module, name: str, new: str) -> None:
+    """Give a child, parameter or buffer another name, in its place among the others."""
+    tables: tuple[dict[str, Any], ...] = (module._modules, module._parameters, module._buffers)
+    for table in tables:
+        items = [(new if key == name else key, value) for key, value in table.items()]
+        table.clear()
+        table.update(items)
+    if name in module._non_persistent_buffers_set:
+        module._non_persistent_buffers_set.symmetric_difference_update((name, new))
 
 
 def non_persistent_buffers(model: nn.Module) -> tuple[str, ...]:

@@ -4,15 +4,17 @@ torch.fx pickles a graph module as source code and traces that code again: a dra
 model is lost. `TracedModule` pickles its nodes.
 """
 
-import importlib
-import inspect
+import copy
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import fx, nn
 
 from s2a_fx.graph import torch_internals
+from s2a_fx.graph.metadata import answer_as_model, find_record
+from s2a_fx.graph.model_attributes import can_pickle
+from s2a_fx.graph.references import Reference
 from s2a_fx.graph.regions import SCOPES
 
 _KEPT_META = ("nn_module_stack", SCOPES)
@@ -20,17 +22,41 @@ _KEPT_META = ("nn_module_stack", SCOPES)
 
 
 class TracedModule(fx.GraphModule):
-    """A `torch.fx.GraphModule` that pickles its nodes, and frees its source code when it is freed."""
+    """A `torch.fx.GraphModule` that copies all its attributes, pickles its nodes, and frees its source code when it is freed.
+
+    Attributes of the model that do not pickle are left out of a pickle.
+    """
 
     def recompile(self) -> Any:
         code = super().recompile()
         torch_internals.free_source_with(type(self).forward)
         return code
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "TracedModule":
+        made = type(self).__new__(type(self))
+        memo[id(self)] = made
+        vars(made).update(copy.deepcopy(_without(vars(self), torch_internals.GRAPH_MODULE_CODE), memo))
+        type(made).__name__ = type(self).__name__
+        made.graph = copy.deepcopy(self.graph, memo)
+        answer_as_model(made)
+        torch_internals.call_deepcopy_hooks(made)
+        return made
+
     def __reduce__(self) -> tuple[Any, ...]:
-        state = {name: value for name, value in self.__dict__.items() if name not in torch_internals.GRAPH_MODULE_CODE}
+        record = find_record(self)
+        kept = () if record is None else record.attributes
+        unknown = [name for name in kept if name in vars(self) and not can_pickle(vars(self)[name])]
+        state = _without(vars(self), (*torch_internals.GRAPH_MODULE_CODE, *unknown))
         nodes = tuple(_NodeState.of(node) for node in self.graph.nodes)
         return _restore, (type(self).__name__, self.graph._tracer_cls, self.graph._codegen, nodes), state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        answer_as_model(self)
+
+
+def _without(attributes: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    return {name: value for name, value in attributes.items() if name not in names}
 
 
 @dataclass(frozen=True)
@@ -42,36 +68,6 @@ class _Operand:
     @staticmethod
     def of(value: Any) -> Any:
         return _Operand(value.name) if isinstance(value, fx.Node) else value
-
-
-@dataclass(frozen=True)
-class _Reference:
-    """A class or an operator, by where it is found: not all of them pickle."""
-
-    module: str
-    name: str
-
-    @staticmethod
-    def to(value: Any) -> Any:
-        """`value` in a form that pickles."""
-        if isinstance(value, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
-            return _Reference("torch.ops", str(value))
-        if inspect.isclass(value):
-            return _Reference(value.__module__, value.__qualname__)
-        return value
-
-    @staticmethod
-    def follow(value: Any) -> Any:
-        """What a reference stands for; a class that this process cannot find stays a reference."""
-        if not isinstance(value, _Reference):
-            return value
-        try:
-            found: Any = torch.ops if value.module == "torch.ops" else importlib.import_module(value.module)
-            for name in value.name.split("."):
-                found = getattr(found, name)
-        except (ImportError, AttributeError):
-            return value
-        return found
 
 
 @dataclass(frozen=True)
@@ -89,17 +85,17 @@ class _NodeState:
         arguments: Any = fx.node.map_aggregate((node.args, node.kwargs), _Operand.of)
         meta = {key: node.meta[key] for key in _KEPT_META if key in node.meta}
         if "nn_module_stack" in meta:
-            meta["nn_module_stack"] = [(path, _Reference.to(kind)) for path, kind in meta["nn_module_stack"].values()]
-        return _NodeState(node.op, node.name, _Reference.to(node.target), arguments, meta)
+            meta["nn_module_stack"] = [(path, Reference.to(kind)) for path, kind in meta["nn_module_stack"].values()]
+        return _NodeState(node.op, node.name, Reference.to(node.target), arguments, meta)
 
     def add_to(self, graph: fx.Graph, nodes: dict[str, fx.Node]) -> None:
         """Create the node in `graph`; `nodes` are those before it, by name."""
         restored: Any = fx.node.map_aggregate(self.arguments, lambda v: nodes[v.name] if isinstance(v, _Operand) else v)
         args, kwargs = restored
-        node = graph.create_node(self.op, _Reference.follow(self.target), args, kwargs, self.name)
+        node = graph.create_node(self.op, Reference.follow(self.target), args, kwargs, self.name)
         node.meta = dict(self.meta)
         if "nn_module_stack" in node.meta:
-            node.meta["nn_module_stack"] = {path: (path, _Reference.follow(kind)) for path, kind in node.meta["nn_module_stack"]}
+            node.meta["nn_module_stack"] = {path: (path, Reference.follow(kind)) for path, kind in node.meta["nn_module_stack"]}
         nodes[self.name] = node
 
 

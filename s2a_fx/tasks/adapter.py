@@ -25,11 +25,12 @@ import torch.distributed as dist
 from torch import fx, nn
 
 from s2a_fx.errors import AdapterError, InputError
+from s2a_fx.graph.metadata import Origin
 from s2a_fx.recipes import recipe_called
 from s2a_fx.sharded import is_spread, laid_out_like, whole
 from s2a_fx.tasks import task_file
 from s2a_fx.tasks.base_digests import digests, fingerprint, persistent, require_values
-from s2a_fx.tasks.origin import Origin, origin_of
+from s2a_fx.tasks.origin import origin_of
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 """Buffers that training changes, by the names that torch and timm give them."""

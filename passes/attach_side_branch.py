@@ -64,7 +64,12 @@ class AttachSideBranch(Pass):
         with building_like(a_weight(gm)) as factory:
             side, channels = self._grow(gm, taps, factory)
             for index, head in enumerate(heads):
-                _widen_head(gm, head, index, side, channels)
+                if not _reads_pooled(head):
+                    add_note(gm, "AttachSideBranch", head.name, "reads tokens or a map: the branch does not join this head")
+                elif head.op == "call_module":
+                    _widen_head(gm, head, index, side, channels)
+                else:
+                    _add_to_head(gm, head, index, side, channels, factory)
         return True
 
     def _taps(self, gm: fx.GraphModule) -> list[tuple[str, fx.Node, Layout]]:
@@ -107,6 +112,12 @@ class AttachSideBranch(Pass):
         return previous, before[0]
 
 
+def _reads_pooled(head: fx.Node) -> bool:
+    """Whether a head reads one vector of each image."""
+    value = head.all_input_nodes[0].meta["val"]
+    return bool(value.ndim == 2 or tuple(value.shape[2:]) == (1, 1))
+
+
 def _widen_head(gm: fx.GraphModule, node: fx.Node, index: int, side: fx.Node, side_channels: int) -> None:
     path = str(node.target)
     old = gm.get_submodule(path)
@@ -118,6 +129,18 @@ def _widen_head(gm: fx.GraphModule, node: fx.Node, index: int, side: fx.Node, si
         joined = gm.graph.call_function(torch.cat, ([features, pooled], 1))
     gm.set_submodule(path, _wider(old, side_channels).train(gm.training))
     node.args = (joined,)
+
+
+def _add_to_head(gm: fx.GraphModule, node: fx.Node, index: int, side: fx.Node, channels: int, factory: dict[str, Any]) -> None:
+    """Add a layer of the branch's features, at first 0, to a head that is no module: the wider head in two products."""
+    layer = nn.Linear(channels, node.meta["val"].shape[-1], bias=False, **factory)
+    nn.init.zeros_(layer.weight)
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), layer)
+    with gm.graph.inserting_after(max(node, side)):
+        made = insert_call(gm, f"side_branch.head{index}", head, (side,))
+    with gm.graph.inserting_after(made):
+        joined = gm.graph.call_function(torch.add, (node, made))
+    node.replace_all_uses_with(joined, delete_user_cb=lambda user: user is not joined)
 
 
 def _wider(old: nn.Module, extra: int) -> nn.Module:

@@ -12,7 +12,8 @@ from fnmatch import fnmatchcase
 from torch import fx
 
 from s2a_fx.errors import PassError
-from s2a_fx.graph.heads import head_paths
+from s2a_fx.graph.heads import head_parameters
+from s2a_fx.graph.metadata import add_note
 from s2a_fx.passes.base import Pass
 
 
@@ -28,21 +29,25 @@ class FreezeWeights(Pass):
     keep: tuple[str, ...] = ("bias", "head")
 
     def rewrite(self, gm: fx.GraphModule) -> bool:
-        heads = head_paths(gm) if "head" in self.keep else ()
-        if "head" in self.keep and not heads:
+        heads = head_parameters(gm) if "head" in self.keep else frozenset()
+        self._check_patterns(gm)
+        kept = {name for name, p in gm.named_parameters() if p.is_floating_point() and self._keeps(name, heads)}
+        missing = "head" in self.keep and not heads
+        if missing and not kept:
             raise PassError(
                 "FreezeWeights: the model has no classification head (no linear layer from features to classes makes its "
                 "output). Build it with num_classes > 0, or name what shall train, for example keep=('bias', 'neck.*')."
             )
-        self._check_patterns(gm)
+        if missing:
+            add_note(gm, "FreezeWeights", "", "the model has no classification head: its biases alone train")
         for name, parameter in gm.named_parameters():
-            parameter.requires_grad_(parameter.is_floating_point() and self._keeps(name, heads))
+            parameter.requires_grad_(name in kept)
         return True
 
-    def _keeps(self, name: str, heads: tuple[str, ...]) -> bool:
+    def _keeps(self, name: str, heads: frozenset[str]) -> bool:
         if "bias" in self.keep and (name.rpartition(".")[2] == "bias" or name.endswith("_bias")):
             return True
-        return any(name.startswith(head + ".") for head in heads) or any(fnmatchcase(name, p) for p in self.keep)
+        return name in heads or any(fnmatchcase(name, pattern) for pattern in self.keep)
 
     def _check_patterns(self, gm: fx.GraphModule) -> None:
         names = [name for name, _ in gm.named_parameters()]

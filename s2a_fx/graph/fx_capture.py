@@ -27,6 +27,7 @@ from types import FrameType, FunctionType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.layers import get_notrace_functions, get_notrace_modules
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -344,6 +345,8 @@ class _SeeDraws(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
+        if func is F.multi_head_attention_forward:
+            raise TraceError("torch.fx takes an attention for one call, and not for the layers that it is made of")
         if _holds_proxy((args, kwargs)):
             return func(*args, **kwargs)
         try:

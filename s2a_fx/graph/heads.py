@@ -1,61 +1,110 @@
-"""The classification heads of a model: the linear layers that its output comes from."""
+"""The classification heads of a model: the last layers that its output is made of.
+
+Between a head and the output may stand anything without parameters: a loss, a softmax, an argmax, an average of two heads, a pool.
+"""
 
 import operator
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from s2a_fx.graph.flow import attribute, dependent_nodes
 from s2a_fx.graph.layout import layout_of
+from s2a_fx.graph.regions import Region
 from s2a_fx.graph.structure import residual_blocks
 
-_PASSES_THROUGH = (nn.Identity, nn.Dropout, nn.Flatten)
-_COMBINES = (operator.add, operator.truediv, operator.mul, operator.getitem, torch.add, torch.flatten, F.dropout)
-_METHODS = ("flatten", "view", "reshape", "squeeze", "add", "div")
+_PRODUCTS = (F.linear, torch.matmul, torch.mm, operator.matmul, "matmul", "mm")
 
 
 def classification_heads(gm: fx.GraphModule) -> tuple[fx.Node, ...]:
-    """The layers (B, C) -> (B, classes), `nn.Linear` or 1x1 convolutions, that the output is made of without a further layer.
+    """The layers from features to classes that the output is made of without a further layer.
 
-    Several for models that average heads (distilled transformers); none for a feature extractor.
+    They are `nn.Linear`, 1x1 convolutions, and products with a parameter. Several for models that average heads (distilled
+    transformers) or return several; none for a feature extractor.
     """
-    (output,) = [n for n in gm.graph.nodes if n.op == "output"]
-    heads: list[fx.Node] = []
-    seen: set[fx.Node] = set()
-    stack = list(output.all_input_nodes)
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if _is_head(gm, node):
-            heads.append(node)
-        elif _is_transparent(gm, node):
-            stack += node.all_input_nodes
-        elif node.op != "get_attr":
-            return ()
-    return tuple(sorted(heads, key=lambda n: n.name))
+    dependent = dependent_nodes(gm)
+    found = [node for node in _last_layers(gm, dependent) if _is_head(gm, node, dependent)]
+    classes = {node.meta["val"].shape[1] for node in found if _rank(node) == 2}
+    if classes:  # a layer over tokens or maps beside those is one only of as many classes: an auxiliary head
+        found = [node for node in found if _classes(gm, node) in classes]
+    else:
+        found = [node for node in found if _is_convolution(gm, node)]
+    return tuple(sorted(found, key=lambda n: n.name))
 
 
 def head_paths(gm: fx.GraphModule) -> tuple[str, ...]:
-    """The module paths of the classification heads."""
-    return tuple(dict.fromkeys(str(node.target) for node in classification_heads(gm)))
+    """The module paths of the classification heads that are modules."""
+    return tuple(dict.fromkeys(str(node.target) for node in classification_heads(gm) if node.op == "call_module"))
 
 
-def _is_head(gm: fx.GraphModule, node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    if node.op != "call_module" or not isinstance(value, torch.Tensor):
-        return False
-    module = gm.get_submodule(str(node.target))
-    if isinstance(module, nn.Linear):
-        return value.ndim == 2
-    return isinstance(module, nn.Conv2d) and tuple(value.shape[2:]) == (1, 1)
+def head_parameters(gm: fx.GraphModule) -> frozenset[str]:
+    """The names of the parameters of the classification heads."""
+    names: set[str] = set()
+    for node in classification_heads(gm):
+        if node.op == "call_module":
+            names |= {f"{node.target}.{name}" for name, _ in gm.get_submodule(str(node.target)).named_parameters()}
+        else:
+            names |= {name for operand in node.all_input_nodes[1:] for name in _parameters_above(gm, operand)}
+    return frozenset(names)
 
 
-def _is_transparent(gm: fx.GraphModule, node: fx.Node) -> bool:
+def _last_layers(gm: fx.GraphModule, dependent: set[fx.Node]) -> Iterator[fx.Node]:
+    """The nodes with parameters that the output is computed from without a further one."""
+    seen: set[fx.Node] = set()
+    stack = list(gm.graph.output_node().all_input_nodes)
+    while stack:
+        node = stack.pop()
+        if node in seen or node not in dependent:
+            continue
+        seen.add(node)
+        if _has_parameters(gm, node, dependent):
+            yield node
+        else:
+            stack += node.all_input_nodes
+
+
+def _has_parameters(gm: fx.GraphModule, node: fx.Node, dependent: set[fx.Node]) -> bool:
     if node.op == "call_module":
-        return isinstance(gm.get_submodule(str(node.target)), _PASSES_THROUGH)
-    return node.target in _COMBINES if node.op == "call_function" else node.target in _METHODS
+        module = gm.get_submodule(str(node.target))
+        return not isinstance(module, Region) and next(module.parameters(), None) is not None
+    return any(True for operand in node.all_input_nodes if operand not in dependent for _ in _parameters_above(gm, operand))
+
+
+def _parameters_above(gm: fx.GraphModule, node: fx.Node) -> Iterator[str]:
+    """The names of the parameters that a node, which depends on no input, is made of."""
+    if node.op == "get_attr" and isinstance(attribute(gm, str(node.target)), nn.Parameter):
+        yield str(node.target)
+    for operand in node.all_input_nodes:
+        yield from _parameters_above(gm, operand)
+
+
+def _is_head(gm: fx.GraphModule, node: fx.Node, dependent: set[fx.Node]) -> bool:
+    if not isinstance(node.meta.get("val"), torch.Tensor):
+        return False
+    if node.op == "call_module":
+        return isinstance(gm.get_submodule(str(node.target)), nn.Linear) or _is_convolution(gm, node)
+    operands = node.all_input_nodes
+    product = node.target in _PRODUCTS and len(operands) > 1 and operands[0] in dependent and operands[1] not in dependent
+    return product and _rank(node) == _rank(operands[1]) == 2
+
+
+def _is_convolution(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node is a convolution of one position."""
+    module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+    return isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1)
+
+
+def _rank(node: fx.Node) -> int:
+    """The dimensions of a value, those of one position left out."""
+    value = node.meta["val"]
+    return value.ndim - 2 if value.ndim == 4 and tuple(value.shape[2:]) == (1, 1) else value.ndim
+
+
+def _classes(gm: fx.GraphModule, node: fx.Node) -> int:
+    value = node.meta["val"]
+    return int(value.shape[1] if _is_convolution(gm, node) else value.shape[-1])
 
 
 def last_feature(gm: fx.GraphModule) -> fx.Node | None:

@@ -6,16 +6,20 @@ A module is a residual block if
    and the residual adds of inner modules count as x, or
 2. it is of the same class as such a module (a ResNet block whose shortcut is a convolution),
 
-and no module around it is one.
+and no module around it is one. A model without such modules writes its additions in the forward around them: then
+
+3. an addition `x + f(x)` with all that lies between is a block, if the rest of the model enters it through x and leaves it through
+   the sum alone, and f has a linear layer or convolution. Of two that overlap, the smaller is one.
 """
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import fx, nn
 
-from s2a_fx.graph.flow import reaches
+from s2a_fx.graph.flow import attribute, dependent_nodes, reaches
 from s2a_fx.graph.layout import layout_of
 from s2a_fx.graph.provenance import module_stack, owner_path
 
@@ -44,7 +48,7 @@ class Branch:
 
 def residual_blocks(gm: fx.GraphModule) -> tuple[Block, ...]:
     """The residual blocks in the order in which they run."""
-    return _blocks_and_adds(gm)[0]
+    return _blocks_and_adds(gm)[0] or _blocks_of_additions(gm)
 
 
 def stages(gm: fx.GraphModule) -> tuple[tuple[Block, ...], ...]:
@@ -66,6 +70,8 @@ def residual_branches(gm: fx.GraphModule) -> tuple[Branch, ...]:
     Where a shortcut has layers, too, the branch is the way through more nodes.
     """
     blocks, adds = _blocks_and_adds(gm)
+    if not blocks:
+        return tuple(Branch(b.path, _branch_of(gm, b), b.output) for b in _blocks_of_additions(gm))
     branches = []
     for block in blocks:
         own = [node for node in block.nodes if node in adds]
@@ -183,3 +189,95 @@ def _origin(gm: fx.GraphModule, node: fx.Node, adds: dict[fx.Node, fx.Node], ent
         else:
             break
     return node
+
+
+def _blocks_of_additions(gm: fx.GraphModule) -> tuple[Block, ...]:
+    """The blocks of rule 3."""
+    order = {node: index for index, node in enumerate(gm.graph.nodes)}
+    dependent = dependent_nodes(gm)
+    found = []
+    for node in gm.graph.nodes:
+        operands = [o for o in node.all_input_nodes if o in dependent and _tensor_like(o)]
+        if _is_add(node) and len(operands) == 2 and (region := _region_of(gm, node, order, dependent)):
+            found.append(region)
+    taken: set[fx.Node] = set()
+    chosen = []
+    for entry, nodes in sorted(found, key=lambda region: len(region[1])):
+        if taken.isdisjoint(nodes):
+            taken.update(nodes)
+            chosen.append((entry, nodes))
+    blocks: list[Block] = []
+    for entry, nodes in sorted(chosen, key=lambda region: order[region[1][-1]]):
+        path = _name_of(nodes)
+        count = sum(block.path == path or block.path.startswith(f"{path}_") for block in blocks)
+        blocks.append(Block(f"{path}_{count}" if count else path, entry, nodes, nodes[-1]))
+    return tuple(blocks)
+
+
+def _region_of(
+    gm: fx.GraphModule, add: fx.Node, order: dict[fx.Node, int], dependent: set[fx.Node]
+) -> tuple[fx.Node, tuple[fx.Node, ...]] | None:
+    """The node through which alone an addition's operands come from the input, and the nodes from there to the addition."""
+    inside = {add}
+    frontier = _sources(add, dependent)
+    while len(frontier) > 1:  # the last of them cannot be what the others come from
+        last = max(frontier, key=order.__getitem__)
+        if last.op == "placeholder":
+            return None
+        frontier.remove(last)
+        inside.add(last)
+        frontier |= _sources(last, dependent)
+    (entry,) = frontier
+    if not _tensor_like(entry) or entry.meta["val"].ndim < 3 or not any(_is_layer(gm, node) for node in inside):
+        return None
+    for node in sorted(dependent - inside, key=order.__getitem__, reverse=True):  # sizes that the region reads of itself
+        if _is_size(node) and node.users and all(user in inside for user in node.users) and _reads(node, inside):
+            inside.add(node)
+    if not _shows(gm, add, entry) or any(user not in inside for node in inside - {add} for user in node.users):
+        return None
+    made = [
+        n for n in gm.graph.nodes if n not in dependent and n.op != "get_attr" and n.users and all(u in inside for u in n.users)
+    ]
+    return entry, tuple(sorted({*inside, *made}, key=order.__getitem__))
+
+
+def _sources(node: fx.Node, dependent: set[fx.Node]) -> set[fx.Node]:
+    """What a node reads that comes from the input, sizes left out."""
+    return {operand for operand in node.all_input_nodes if operand in dependent and not _is_size(operand)}
+
+
+def _reads(node: fx.Node, inside: set[fx.Node]) -> bool:
+    """Whether a size is one of a value inside, at once or by way of other sizes."""
+    return any(operand in inside or (_is_size(operand) and _reads(operand, inside)) for operand in node.all_input_nodes)
+
+
+def _is_size(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), int | torch.SymInt | torch.Size)
+
+
+def _shows(gm: fx.GraphModule, add: fx.Node, entry: fx.Node) -> bool:
+    """Whether an operand of an addition is the entry, or a view of it; or each has a layer of its own, as a shortcut has."""
+    direct = any(_origin(gm, operand, {}, {entry}) is entry for operand in add.all_input_nodes)
+    return direct or all(_is_layer(gm, operand) for operand in add.all_input_nodes)
+
+
+def _is_layer(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node multiplies by a matrix of parameters."""
+    if node.op == "call_module" and any(p.ndim > 1 for p in gm.get_submodule(str(node.target)).parameters()):
+        return True
+    weights = [o for o in node.all_input_nodes if o.op == "get_attr"]
+    return any(isinstance(value := attribute(gm, str(o.target)), nn.Parameter) and value.ndim > 1 for o in weights)
+
+
+def _branch_of(gm: fx.GraphModule, block: Block) -> fx.Node:
+    """What a block adds to its entry: the operand that does not show it, or the way through more nodes."""
+    operands = block.output.all_input_nodes
+    others = [o for o in operands if _origin(gm, o, {}, {block.entry}) is not block.entry]
+    return max(others or operands, key=lambda o: _depth(o, block))
+
+
+def _name_of(nodes: Sequence[fx.Node]) -> str:
+    """The path of the innermost module around all nodes before the addition; or else the addition's own name."""
+    stacks = [[path for path, _ in module_stack(n)] for n in nodes[:-1] if n.op != "get_attr" and module_stack(n)]
+    common = "" if not stacks else next((path for path in reversed(stacks[0]) if all(path in stack for stack in stacks)), "")
+    return common or str(nodes[-1].name)

@@ -22,7 +22,7 @@ import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from s2a_fx.errors import InputError, TraceError
 from s2a_fx.graph import fidelity, torch_internals
@@ -38,11 +38,14 @@ from s2a_fx.graph.metadata import signature_of, start_record
 from s2a_fx.graph.model_attributes import Skeleton, free_names, match_state
 from s2a_fx.graph.modes import align_modes
 from s2a_fx.graph.optional import FlatCapture, absent_results, dependents_of, make_optional
+from s2a_fx.graph.regions import ModeRegion
 from s2a_fx.graph.scopes import close_scopes
 from s2a_fx.graph.shapes import propagate
 from s2a_fx.graph.traced_module import TracedModule
+from s2a_fx.graph.training_switch import TrainingSwitch
 
 _MODES = (True, False)
+_Run = Callable[[], tuple[list[Any], Structure]]
 Capture = Callable[[nn.Module, Signature, Sequence[torch.Tensor]], Captured]
 
 
@@ -137,6 +140,8 @@ def _capture(example: _Example) -> TracedModule:
             graph, result = _flat_graph(example, capture)
             gm = _build(example, *_with_optional(example, others, capture, graph, result))
             _check_fidelity(example, gm, result, wanted)
+            replace_assignments(gm)
+            propagate(gm)
         except TraceError as refusal:
             refusals.append(str(refusal).rstrip("."))
         else:
@@ -199,44 +204,87 @@ def _build(example: _Example, graph: fx.Graph, result: Result, optional: tuple[s
     start_record(gm, example.skeleton, signature)
     close_scopes(gm)
     eliminate_dead_code(gm)
-    propagate(gm, example.inputs)
-    replace_assignments(gm)
-    propagate(gm)
     gm.graph.lint()
     gm.recompile()
     return gm
 
 
-def _check_fidelity(example: _Example, gm: fx.GraphModule, result: Result, wanted: Sequence[Behaviour | None]) -> None:
-    """Raise `TraceError` unless the graph does what the model does in train mode and in eval mode."""
-    for training, expected in zip(_MODES, wanted, strict=True):
-        if expected is None:
-            continue
-        differs = fidelity.difference(expected, _behaviour_of_graph(gm, example.inputs, result, training))
+def _check_fidelity(example: _Example, gm: fx.GraphModule, result: Result, wanted: Mapping[bool, Behaviour]) -> None:
+    """Raise `TraceError` unless the graph does what the model does in train mode and in eval mode; nodes get their values."""
+    mode = fake_mode()
+    fakes = fake_modules(gm, mode)
+    present = example.model.training
+    checked = [present] if _is_alike(gm, wanted) else sorted(wanted, key=lambda training: training != present)
+    for training in checked:
+        inputs = [fake_tensor(t, mode) for t in example.inputs]
+        interpreter = _Recording if training == present else fx.Interpreter
+        run = _graph_run(interpreter(fakes.train(training), graph=gm.graph), inputs, result.train if training else result.eval)
+        with mode:
+            differs = fidelity.difference(wanted[training], fidelity.behaviour_of(fakes, inputs, run))
         if differs is not None:
             text, index = differs
             place = None if index is None else _place_of_call(example, training, index)
-            mode = "train" if training else "eval"
-            raise TraceError(f"{place or 'the model itself'}: in {mode} mode {text}")
+            raise TraceError(f"{place or 'the model itself'}: in {'train' if training else 'eval'} mode {text}")
 
 
-def _behaviours_of_model(example: _Example) -> list[Behaviour | None]:
-    """What the model does in train mode and in eval mode; None for a mode in which it is not and that refuses the inputs."""
-    model = example.model
-    found: list[Behaviour | None] = []
+def _is_alike(gm: fx.GraphModule, wanted: Mapping[bool, Behaviour]) -> bool:
+    """Whether the model does the same in both modes, and so does the graph, which calls the model's own modules and no switch."""
+    if len(wanted) < 2 or fidelity.difference(wanted[True], wanted[False]) is not None:
+        return False
+    return not any(isinstance(module, TrainingSwitch | ModeRegion) for module in gm.modules())
+
+
+class _Recording(fx.Interpreter):
+    """Runs a graph and writes `node.meta["val"]`."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        leaf = n.op in ("placeholder", "get_attr")
+        n.meta["val"] = value if leaf else tree_map_only(torch.Tensor, torch_internals.shadow_of, value)
+        return value
+
+
+def _graph_run(interpreter: fx.Interpreter, inputs: Sequence[torch.Tensor], structure: Structure) -> _Run:
+    """A function that runs a graph on fake inputs, and returns the leaves and structure of the result."""
+    interpreter.extra_traceback = False
+
+    def run() -> tuple[list[Any], Structure]:
+        output = interpreter.run(*inputs, enable_io_processing=False)
+        return tree_leaves(output)[: structure.count], structure
+
+    return run
+
+
+def _behaviours_of_model(example: _Example) -> dict[bool, Behaviour]:
+    """What the model does in train mode and in eval mode; a mode in which it is not, and that refuses the inputs, is left out."""
+    model, mode = example.model, fake_mode()
+    fakes = _fake_copy(model, mode)
+    found: dict[bool, Behaviour] = {}
     for training in _MODES:
-        mode = fake_mode()
-        with mode, _without_fast_path(model):
-            fakes, leaves, run = _fake_run(example, training, mode)
-            try:
-                found.append(fidelity.behaviour_of(fakes, leaves, run))
-            except torch_internals.READS_VALUE as error:
-                raise _refusal_of_reading(example, error) from error
-            except Exception as error:
-                if training == model.training:
-                    raise _refusal_of_inputs(model, example.inputs, error) from error
-                found.append(None)
+        inputs = [fake_tensor(t, mode) for t in example.inputs]
+        try:
+            with mode, _without_fast_path(model):
+                run = _model_run(fakes.train(training), example.signature, inputs)
+                found[training] = fidelity.behaviour_of(fakes, inputs, run)
+        except torch_internals.READS_VALUE as error:
+            raise _refusal_of_reading(example, error) from error
+        except Exception as error:
+            if training == model.training:
+                raise _refusal_of_inputs(model, example.inputs, error) from error
     return found
+
+
+def _fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
+    """A copy of a model with fake parameters and buffers; tensors that are plain attributes stay."""
+    memo: dict[int, Any] = {id(t): t for t in torch_internals.plain_tensors(model)}
+    memo |= {id(t): fake_tensor(t, mode) for t in [*model.parameters(), *model.buffers()]}
+    return copy.deepcopy(model, memo)
+
+
+def _model_run(fakes: nn.Module, signature: Signature, inputs: Sequence[torch.Tensor]) -> _Run:
+    """A function that calls a fake model on fake inputs, and returns the leaves and structure of the result."""
+    args, kwargs = signature.arguments(inputs)
+    return lambda: Structure.of(fakes(*args, **kwargs))
 
 
 def _refusal_of_reading(example: _Example, error: Exception) -> TraceError:
@@ -253,42 +301,13 @@ def _refusal_of_reading(example: _Example, error: Exception) -> TraceError:
     )
 
 
-def _fake_run(
-    example: _Example, training: bool, mode: FakeTensorMode
-) -> tuple[nn.Module, list[torch.Tensor], Callable[[], tuple[list[Any], Structure]]]:
-    """A fake copy of the model, fake inputs, and a function that calls the one on the others."""
-    model = example.model
-    memo: dict[int, Any] = {id(t): t for t in torch_internals.plain_tensors(model)}
-    memo |= {id(t): fake_tensor(t, mode) for t in [*model.parameters(), *model.buffers()]}
-    fakes = copy.deepcopy(model, memo).train(training)
-    leaves = [fake_tensor(t, mode) for t in example.inputs]
-    args, kwargs = example.signature.arguments(leaves)
-    return fakes, leaves, lambda: Structure.of(fakes(*args, **kwargs))
-
-
 def _place_of_call(example: _Example, training: bool, index: int) -> str | None:
     """The line of the model that makes a call, by its number in the model's behaviour."""
     mode = fake_mode()
+    fakes = _fake_copy(example.model, mode).train(training)
+    inputs = [fake_tensor(t, mode) for t in example.inputs]
     with mode, _without_fast_path(example.model):
-        return fidelity.place_of_call(*_fake_run(example, training, mode), index)
-
-
-def _behaviour_of_graph(gm: fx.GraphModule, inputs: Sequence[torch.Tensor], result: Result, training: bool) -> Behaviour:
-    """What the graph does in one mode."""
-    mode = fake_mode()
-    fakes = fake_modules(gm, mode).train(training)
-    leaves = [fake_tensor(t, mode) for t in inputs]
-    structure = result.train if training else result.eval
-
-    def run() -> tuple[list[Any], Structure]:
-        interpreter = fx.Interpreter(fakes, graph=gm.graph)
-        interpreter.extra_traceback = False
-        output = interpreter.run(*leaves, enable_io_processing=False)
-        found = tree_leaves(output)
-        return found[: structure.count], structure
-
-    with mode:
-        return fidelity.behaviour_of(fakes, leaves, run)
+        return fidelity.place_of_call(fakes, inputs, _model_run(fakes, example.signature, inputs), index)
 
 
 class _PassThrough(TorchFunctionMode):

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
 
 from s2a_fx.graph.fake import fake_mode, fake_tensor, traced_inputs
 from s2a_fx.graph.regions import Region
@@ -46,13 +47,21 @@ def _value(gm: fx.GraphModule, node: fx.Node, mode: FakeTensorMode, faked: dict[
     if node.op == "call_method":
         return getattr(args[0], target)(*args[1:], **kwargs)
     if node.op == "call_module":
-        module = gm.get_submodule(target)
-        owner = gm if isinstance(module, Region) else module  # a region's tensors are registered where the model has them
-        for tensor in [*owner.parameters(), *owner.buffers()]:
-            if id(tensor) not in faked:
-                faked[id(tensor)] = fake_tensor(tensor, mode)
-        return copy.deepcopy(module, faked)(*args, **kwargs)
+        return _call_module(gm, gm.get_submodule(target), args, kwargs, mode, faked)
     return target(*args, **kwargs)
+
+
+def _call_module(gm: fx.GraphModule, module: nn.Module, args: Any, kwargs: Any, mode: FakeTensorMode, faked: dict[int, Any]) -> Any:
+    """What a module returns with fake tensors in the place of its own."""
+    if isinstance(module, Region):  # its tensors are registered where the model has them
+        faked |= {id(t): fake_tensor(t, mode) for t in (*gm.parameters(), *gm.buffers()) if id(t) not in faked}
+        return copy.deepcopy(module, faked)(*args, **kwargs)
+    own = {}
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if id(tensor) not in faked:
+            faked[id(tensor)] = fake_tensor(tensor, mode)
+        own[name] = faked[id(tensor)]
+    return functional_call(module, own, args, kwargs)
 
 
 def _fake_attribute(gm: fx.GraphModule, target: str, mode: FakeTensorMode, faked: dict[int, Any]) -> Any:

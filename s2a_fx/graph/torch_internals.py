@@ -23,7 +23,13 @@ import torch
 import torch.utils.checkpoint
 from torch import fx, nn
 from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    in_kernel_invocation_manager,
+)
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
@@ -127,6 +133,14 @@ def make_fake(
     if is_parameter:
         fake._is_param = True  # type: ignore[attr-defined]
     return fake
+
+
+def shadow_of(fake: torch.Tensor) -> torch.Tensor:
+    """A fake tensor in the same storage as another, outside of autograd: `fake.detach()` without a dispatch that modes see."""
+    assert isinstance(fake, FakeTensor)
+    with in_kernel_invocation_manager(fake.fake_mode):
+        meta = fake.detach()
+    return FakeTensor(fake.fake_mode, meta, fake.fake_device)
 
 
 READS_VALUE = (DataDependentOutputException, DynamicOutputShapeException)

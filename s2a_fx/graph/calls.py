@@ -37,8 +37,8 @@ class Call:
 
     Attributes:
         node: the node that calls it.
-        operator: the function of `torch` or `torch.nn.functional`; `operator.getitem` and `operator.setitem` for subscripts;
-            timm's `drop_path` and `quick_gelu`; `nn.Identity` for a module that does nothing.
+        operator: the function of `torch.nn.functional`, else of `torch`, else of `torch.Tensor`. For subscripts `operator.getitem`
+            and `operator.setitem`, for a module that does nothing `nn.Identity`; timm's `drop_path` and `quick_gelu`.
         operands: the tensors it reads, by the parameters' names; those that are None are left out.
         options: all other arguments in train mode, defaults included. Sizes are tuples; nodes whose values are no tensors have
             their values.
@@ -65,6 +65,11 @@ class Call:
         assert isinstance(found, fx.Node)
         return found
 
+    @property
+    def nodes(self) -> tuple[fx.Node, ...]:
+        """The operands that are nodes, in the order of the parameters."""
+        return tuple(operand for operand in self.operands.values() if isinstance(operand, fx.Node))
+
     def path_of(self, name: str) -> str | None:
         """Where the model keeps an operand; None if there is no such operand, or it is computed."""
         operand = self.operands.get(name)
@@ -80,7 +85,7 @@ _SYNONYMS: dict[str, str] = {
     **dict.fromkeys(("concat", "concatenate"), "cat"),
     **dict.fromkeys(("swapaxes", "swapdims"), "transpose"),
     **dict.fromkeys(("divide", "true_divide"), "div"),
-    **dict.fromkeys(("_unsafe_view", "view_as", "reshape_as"), "reshape"),
+    **dict.fromkeys(("view", "_unsafe_view"), "reshape"),
     "clip": "clamp",
     "moveaxis": "movedim",
     "multiply": "mul",
@@ -102,6 +107,9 @@ _RENAMED: dict[str, str] = {
     "axis1": "dim1",
 }
 """A parameter's name in a schema, or as NumPy has it -> its name in torch's functions."""
+
+_RENAMED_IN: dict[tuple[str, str], str] = {("view", "size"): "shape", ("_unsafe_view", "size"): "shape"}
+"""The same for a parameter of one ATen operator."""
 
 _LEFT_OUT = ("inplace", "out", "generator", "cudnn_enable", "cudnn_enabled", "_stacklevel")
 """Parameters that change nothing of what is computed; the first two make `in_place`."""
@@ -134,7 +142,7 @@ _FUNCTIONS: dict[str, Function] = {
     "getitem": operator.getitem,
     "setitem": operator.setitem,
 }
-"""ATen operator -> its function, where it is not the one of this name in `torch.nn.functional`, or else in `torch`."""
+"""ATen operator -> its function, where it is not that of `torch.nn.functional`, or else of `torch`, or else of `torch.Tensor`."""
 
 _SIGNATURES: dict[str, tuple[str, ...]] = {
     "add": ("input", "other"),
@@ -297,7 +305,8 @@ def canonical(function: Any) -> Function | type[nn.Module]:
 def written_operand(target: Function | str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
     """The name of the operand that a call of a function, or of a method by its name, writes to; None if it writes to none."""
     if isinstance(target, torch._ops.OpOverload):
-        return next((_renamed(p.name) for p in schema_of(target).parameters if p.is_written), None)
+        schema = schema_of(target)
+        return next((_name_of(p, schema) for p in schema.parameters if p.is_written), None)
     if kwargs.get("out") is not None:
         return "out"
     if kwargs.get("inplace") or any(p.is_written for schema in _schemas(target)[:1] for p in schema.parameters[:1]):
@@ -353,7 +362,10 @@ def _schemas(target: Function | str) -> tuple[Schema, ...]:
     """The overloads of ATen that a function, or a method by its name, may call; none for what is written in Python."""
     if isinstance(target, torch._ops.OpOverload):
         return (schema_of(target),) if aten_name(target) else ()
-    return aten_schemas(target if isinstance(target, str) else aten_name(target) or "")
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    is_method = isinstance(target, str) or target is getattr(torch.Tensor, name, None)
+    schemas = aten_schemas(name if is_method else aten_name(target) or "")  # type: ignore[arg-type]
+    return tuple(schema for schema in schemas if (schema.operator, schema.overload) != ("view", "dtype"))  # a cast
 
 
 def _is_python(function: Function) -> bool:
@@ -373,18 +385,18 @@ def _functional_name(schema: Schema) -> str:
 
 @functools.cache
 def _function(name: str) -> Any:
-    """The function of an operator: that of `torch.nn.functional`, or else of `torch`, or else ATen's own."""
+    """The function of an operator: that of `torch.nn.functional`, or else of `torch`, of `torch.Tensor`, or ATen's own."""
     if name in _FUNCTIONS:
         return _FUNCTIONS[name]
-    for home in (F, torch):
+    for home in (F, torch, torch.Tensor):
         found = getattr(home, name, None)
         if callable(found) and (aten_schemas(name) or found in _PROBABILITIES):
             return found
     return getattr(torch.ops.aten, name, None) if aten_schemas(name) else None
 
 
-def _renamed(name: str) -> str:
-    return _RENAMED.get(name, name)
+def _name_of(parameter: Parameter, schema: Schema) -> str:
+    return _RENAMED_IN.get((schema.operator, parameter.name), _RENAMED.get(parameter.name, parameter.name))
 
 
 def _bind_python(target: Function, in_place: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Bound | None:
@@ -418,7 +430,7 @@ def _bind_schemas(schemas: tuple[Schema, ...], chosen: bool, args: tuple[Any, ..
         arguments = _bind_schema(schema, args, kwargs)
         if arguments is None:
             continue
-        parameters = {_renamed(p.name): p for p in schema.parameters}
+        parameters = {_name_of(p, schema): p for p in schema.parameters}
         if chosen or all(_fits(parameters[name], value) for name, value in arguments.items()):
             written = next((name for name, p in parameters.items() if p.is_written), None)
             return _Bound(arguments, written, schema)
@@ -435,15 +447,16 @@ def _bind_schema(schema: Schema, args: tuple[Any, ...], kwargs: dict[str, Any]) 
             values[place:] = [tuple(rest)] if parameter.size is None or len(rest) > 1 else rest
     if len(values) > len(positional):
         return None
-    arguments = {_renamed(p.name): value for p, value in zip(positional, values, strict=False)}
-    names = {_renamed(p.name) for p in schema.parameters}
+    arguments = {_name_of(p, schema): value for p, value in zip(positional, values, strict=False)}
+    names = {_name_of(p, schema): p for p in schema.parameters}
     for name, value in kwargs.items():
-        name = _renamed(name)
+        name = _RENAMED_IN.get((schema.operator, name), _RENAMED.get(name, name))
         if name not in names or name in arguments:
             return None
         arguments[name] = value
-    missing = [p for p in schema.parameters if not p.has_default and _renamed(p.name) not in arguments]
-    return None if missing else arguments
+    if any(name not in arguments and not p.has_default for name, p in names.items()):
+        return None
+    return {name: arguments[name] for name in names if name in arguments}
 
 
 def _is_number(value: Any) -> bool:
@@ -580,7 +593,7 @@ def _parameters(spelled: _Spelling) -> dict[str, Any]:
         found = {("input" if name == first and name == "x" else name): default for name, default in found.items()}
     else:
         found = {
-            _renamed(p.name): p.default if p.has_default else inspect.Parameter.empty
+            _name_of(p, schema): p.default if p.has_default else inspect.Parameter.empty
             for schema in aten_schemas(spelled.name)[:1]
             for p in schema.parameters
         }
@@ -593,7 +606,7 @@ def _schema_parameters(name: str) -> dict[str, Parameter]:
     found: dict[str, Parameter] = {}
     for schema in aten_schemas(name):
         for parameter in schema.parameters:
-            found.setdefault(_renamed(parameter.name), parameter)
+            found.setdefault(_name_of(parameter, schema), parameter)
     return found
 
 
@@ -602,7 +615,7 @@ def _options(spelled: _Spelling, bound: _Bound, operands: Mapping[str, Any]) -> 
     known = _schema_parameters(spelled.name)
     defaults = _parameters(spelled)
     if bound.schema is not None and not inspect.isfunction(_DISPATCHED.get(spelled.operator, spelled.operator)):
-        defaults = {_renamed(p.name): p.default for p in bound.schema.parameters if p.has_default}
+        defaults = {_name_of(p, bound.schema): p.default for p in bound.schema.parameters if p.has_default}
     options = {}
     for name, value in {**defaults, **bound.arguments}.items():
         parameter = known.get(name)

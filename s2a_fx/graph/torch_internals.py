@@ -599,6 +599,7 @@ class Schema:
     """The parameters of one overload of an ATen operator, and whether it draws random numbers."""
 
     operator: str
+    overload: str
     parameters: tuple[Parameter, ...]
     draws: bool
 
@@ -630,7 +631,7 @@ def schema_of(overload: torch._ops.OpOverload) -> Schema:
     shown = {name for result in overload._schema.returns if result.alias_info for name in result.alias_info.before_set}
     name = overload._schema.name.rpartition("::")[2]
     parameters = tuple(_parameter(argument, shown) for argument in overload._schema.arguments)
-    return Schema(name, parameters, torch.Tag.nondeterministic_seeded in overload.tags)
+    return Schema(name, overload._schema.overload_name, parameters, torch.Tag.nondeterministic_seeded in overload.tags)
 
 
 def _parameter(argument: Any, shown: set[str]) -> Parameter:

@@ -1,15 +1,14 @@
-"""Which activation a node computes, however a model spells it."""
+"""Which activation or dropout a node computes, by the name that `ops.activation` knows it by."""
 
-import operator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from timm.layers.activations import quick_gelu
 from torch import fx, nn
 
-aten = torch.ops.aten
-
-_INF = float("inf")
+from s2a_fx.graph.calls import Call, call_of
 
 
 class Activation(NamedTuple):
@@ -21,104 +20,52 @@ class Activation(NamedTuple):
     inplace: bool = False
 
 
-_MODULES: dict[str, str] = {
-    "SiLU": "silu",
-    "Swish": "silu",
-    "Mish": "mish",
-    "Hardswish": "hardswish",
-    "HardSwish": "hardswish",
-    "Sigmoid": "sigmoid",
-    "Tanh": "tanh",
-    "SELU": "selu",
-    "QuickGELU": "quick_gelu",
-    "GELUTanh": "gelu_tanh",
-    "ReLU": "relu",
-    "ReLU6": "relu6",
-    "Hardsigmoid": "hardsigmoid",
-    "HardSigmoid": "hardsigmoid",
-}
-"""Class name, torch's or timm's -> activation without options."""
-
-_FUNCTIONS: dict[Any, str] = {
+_PLAIN: dict[Any, str] = {
     F.silu: "silu",
-    aten.silu.default: "silu",
     F.mish: "mish",
     F.hardswish: "hardswish",
-    F.sigmoid: "sigmoid",
     torch.sigmoid: "sigmoid",
-    F.tanh: "tanh",
     torch.tanh: "tanh",
     F.selu: "selu",
+    quick_gelu: "quick_gelu",
     F.relu: "relu",
-    torch.relu: "relu",
-    torch.relu_: "relu",
-    aten.relu.default: "relu",
-    aten.relu_.default: "relu",
     F.relu6: "relu6",
     F.hardsigmoid: "hardsigmoid",
-    "sigmoid": "sigmoid",
-    "sigmoid_": "sigmoid",
-    "tanh": "tanh",
-    "relu": "relu",
-    "relu_": "relu",
 }
-"""Function or method -> activation without options."""
+"""Operator -> activation without options."""
 
-_IN_PLACE = (torch.relu_, aten.relu_.default, "relu_", "sigmoid_")
+
+def _clamp(low: float | None, high: float | None) -> tuple[str, tuple[float, ...]]:
+    return "clamp", (-float("inf") if low is None else low, float("inf") if high is None else high)
+
+
+_WITH_OPTIONS: dict[Any, Callable[..., tuple[str, tuple[float, ...]] | None]] = {
+    F.gelu: lambda approximate: ("gelu_tanh" if approximate == "tanh" else "gelu", ()),
+    F.leaky_relu: lambda negative_slope: ("leaky_relu", (negative_slope,)),
+    F.hardtanh: lambda min_val, max_val: ("hardtanh", (min_val, max_val)),
+    torch.clamp: lambda **bounds: _clamp(bounds["min"], bounds["max"]),
+    F.elu: lambda alpha: ("elu", ()) if alpha == 1 else None,
+    F.softplus: lambda beta, threshold: ("softplus", ()) if (beta, threshold) == (1, 20) else None,
+}
+"""Operator -> how its options tell the activation; None for options that no code serves."""
 
 
 def activation(gm: fx.GraphModule, node: fx.Node) -> Activation | None:
     """The activation that a node computes; None for any other node, and for options that no code serves (alpha, beta)."""
-    if not node.all_input_nodes:
+    call = call_of(gm, node)
+    if call is None or call.operands.keys() != {"input"}:
         return None
-    operand = node.all_input_nodes[0]
-    if node.op == "call_module":
-        return _of_module(gm.get_submodule(str(node.target)), operand)
-    if node.op not in ("call_function", "call_method") or node.args[:1] != (operand,):
+    inplace = call.in_place == "input"
+    if call.operator in _PLAIN:
+        return Activation(_PLAIN[call.operator], call.input, (), inplace)
+    told = _WITH_OPTIONS[call.operator](**call.options) if call.operator in _WITH_OPTIONS else None
+    return None if told is None else Activation(told[0], call.input, told[1], inplace)
+
+
+def dropout_probability(call: Call | None) -> float | None:
+    """p of a dropout that draws in train mode only, 0 for an identity; None for any other call."""
+    if call is not None and call.operator is nn.Identity:
+        return 0.0
+    if call is None or call.operator is not F.dropout or (call.options["training"], call.eval_options["training"]) != (True, False):
         return None
-    if node.target in (F.gelu, aten.gelu.default):
-        return Activation(_gelu(_argument(node, 1, "approximate", "none")), operand)
-    if node.target is F.leaky_relu:
-        slope = _argument(node, 1, "negative_slope", 0.01)
-        return Activation("leaky_relu", operand, (slope,), bool(_argument(node, 2, "inplace", False)))
-    if node.target in (torch.clamp, "clamp", "clamp_"):
-        bounds = _argument(node, 1, "min", None), _argument(node, 2, "max", None)
-        if any(isinstance(b, fx.Node) for b in bounds):
-            return None
-        low, high = -_INF if bounds[0] is None else bounds[0], _INF if bounds[1] is None else bounds[1]
-        return Activation("clamp", operand, (low, high), node.target == "clamp_")
-    name = _FUNCTIONS.get(node.target)
-    if name is None:
-        return None
-    return Activation(name, operand, (), node.target in _IN_PLACE or bool(_argument(node, 1, "inplace", False)))
-
-
-def _of_module(module: nn.Module, operand: fx.Node) -> Activation | None:
-    name = type(module).__name__
-    inplace = bool(getattr(module, "inplace", False))
-    if name == "GELU":
-        return Activation(_gelu(getattr(module, "approximate", "none")), operand)
-    if isinstance(module, nn.LeakyReLU):
-        return Activation("leaky_relu", operand, (module.negative_slope,), inplace)
-    if type(module) is nn.Hardtanh:
-        return Activation("hardtanh", operand, (module.min_val, module.max_val), inplace)
-    if isinstance(module, nn.ELU):
-        return Activation("elu", operand, (), inplace) if module.alpha == 1 else None
-    if isinstance(module, nn.Softplus):
-        return Activation("softplus", operand) if (module.beta, module.threshold) == (1, 20) else None
-    if name in _MODULES and type(module).__module__.startswith(("torch.nn", "timm.layers")):
-        return Activation(_MODULES[name], operand, (), inplace)
-    return None
-
-
-def _gelu(approximate: str) -> str:
-    return "gelu_tanh" if approximate == "tanh" else "gelu"
-
-
-def _argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
-    return node.kwargs.get(name, node.args[position] if position < len(node.args) else default)
-
-
-def is_product(node: fx.Node) -> bool:
-    """Whether a node multiplies two activations elementwise."""
-    return node.target in (operator.mul, torch.mul, "mul") and len(node.all_input_nodes) == 2
+    return float(call.options["p"])

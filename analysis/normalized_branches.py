@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from s2a_fx.analysis.non_parametric import dropout_probability
+from s2a_fx.analysis.activations import dropout_probability
+from s2a_fx.graph.calls import call_of
 from s2a_fx.graph.flow import attribute, dependent_nodes
 from s2a_fx.nn.ghost import can_be_ghost
 from s2a_fx.nn.random_numbers import may_draw
@@ -202,7 +203,9 @@ def _keeps_nothing(gm: fx.GraphModule, node: fx.Node, dependent: set[fx.Node]) -
     if node.op == "call_module":
         module = gm.get_submodule(str(node.target))
         frozen = not any(p.requires_grad for p in module.parameters())
-        return dropout_probability(gm, node) is not None or (type(module).__name__ in ("DropPath", "LayerScale") and frozen)
+        return dropout_probability(call_of(gm, node)) is not None or (
+            type(module).__name__ in ("DropPath", "LayerScale") and frozen
+        )
     return node.target in _SCALES and any(_is_frozen(gm, o, dependent) for o in node.all_input_nodes)
 
 
@@ -233,7 +236,7 @@ def _tail(gm: fx.GraphModule, nodes: tuple[fx.Node, ...], inside: set[fx.Node]) 
 
 def _is_view(gm: fx.GraphModule, node: fx.Node) -> bool:
     if node.op == "call_module":
-        return dropout_probability(gm, node) is not None
+        return dropout_probability(call_of(gm, node)) is not None
     if node.op == "call_method":
         return node.target in _VIEWS
     return node.target in _VIEW_FUNCTIONS or getattr(node.target, "__name__", "") in _TIMM_VIEWS

@@ -22,7 +22,7 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from s2a_fx.analysis.non_parametric import non_parametric
+from s2a_fx.graph.calls import call_of
 from s2a_fx.graph.flow import trained_nodes
 from s2a_fx.graph.provenance import module_stack
 from s2a_fx.graph.structure import residual_blocks
@@ -89,11 +89,11 @@ def _normalizes_side_branch(gm: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _kept_bits(gm: fx.GraphModule, node: fx.Node) -> int:
-    layer = non_parametric(gm, node)
-    if layer is not None:
-        if layer.kind == "attention":
-            return _map_elements(*layer.operands[:2]) * 32
-        return _elements(layer.operands[0]) * 32
+    call = call_of(gm, node)
+    if call is not None and call.operator is F.scaled_dot_product_attention:
+        return _map_elements(*call.nodes[:2]) * 32
+    if call is not None and call.operator in (F.gelu, F.silu, F.relu, F.softmax):
+        return _elements(call.input) * 32
     module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
     if isinstance(module, QuantizedReLU):
         return _elements(node)

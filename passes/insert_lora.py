@@ -14,8 +14,9 @@ from typing import Any
 
 from torch import fx, nn
 
-from s2a_fx.analysis.non_parametric import non_parametric
+from s2a_fx.analysis.attention_map import computes_map
 from s2a_fx.errors import InputError, PassError
+from s2a_fx.graph.calls import call_of
 from s2a_fx.graph.edit import free_path, splice_module
 from s2a_fx.graph.flow import dependent_nodes, reaches
 from s2a_fx.graph.metadata import add_note
@@ -115,8 +116,7 @@ def _layers_by_rule(gm: fx.GraphModule) -> list[fx.Node]:
 
 def _attentions(gm: fx.GraphModule) -> dict[str, fx.Node]:
     """The attentions by the module that they stand in."""
-    layers = [(node, non_parametric(gm, node)) for node in gm.graph.nodes]
-    return {owner_path(node): node for node, layer in layers if layer is not None and layer.kind in ("softmax", "attention")}
+    return {owner_path(node): node for node in gm.graph.nodes if computes_map(call_of(gm, node))}
 
 
 def _makes_what_it_reads(layer: fx.Node, attention: fx.Node, dependent: set[fx.Node]) -> bool:

@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from s2a_fx.analysis.non_parametric import non_parametric
+from s2a_fx.analysis.attention_map import computes_map
 from s2a_fx.errors import PassError
+from s2a_fx.graph.calls import call_of
 from s2a_fx.graph.edit import free_path, insert_call
 from s2a_fx.graph.flow import dependent_nodes
 from s2a_fx.graph.layout import Layout, layout_of
@@ -208,8 +209,7 @@ def _windows(gm: fx.GraphModule, block: Block) -> _Windows | None:
 
 
 def _attentions(gm: fx.GraphModule, block: Block) -> list[fx.Node]:
-    kinds = ("softmax", "attention")
-    return [node for node in block.nodes if (layer := non_parametric(gm, node)) is not None and layer.kind in kinds]
+    return [node for node in block.nodes if computes_map(call_of(gm, node))]
 
 
 def _rank(node: fx.Node) -> int:

@@ -24,11 +24,13 @@ Leaves alone, each time with a note:
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 
-from s2a_fx.analysis.non_parametric import NonParametric, non_parametric, product_with_values
+from s2a_fx.analysis.attention_map import product_with_values
 from s2a_fx.analysis.saved import SavedTensor, is_activation, saved_tensors
 from s2a_fx.errors import InputError
+from s2a_fx.graph.calls import Call, call_of
 from s2a_fx.graph.edit import replace_node
 from s2a_fx.graph.metadata import add_note
 from s2a_fx.nn.quantized import (
@@ -42,6 +44,7 @@ from s2a_fx.nn.quantized import (
 from s2a_fx.ops.bits import BITS
 from s2a_fx.passes.base import Pass
 
+_OPERATORS = (F.gelu, F.silu, F.relu, F.softmax, F.scaled_dot_product_attention)
 _HIDDEN = ("GeluBackward", "SiluBackward", "ReluBackward", "SoftmaxBackward", "ScaledDotProduct")
 
 
@@ -61,7 +64,8 @@ class QuantizeNonParametric(Pass):
 
     def rewrite(self, gm: fx.GraphModule) -> bool:
         rows = [row for row in saved_tensors(gm) if is_activation(row)]
-        layers = [layer for node in gm.graph.nodes if (layer := non_parametric(gm, node))]
+        calls = [call_of(gm, node) for node in gm.graph.nodes]
+        layers = [call for call in calls if call is not None and call.operator in _OPERATORS]
         known = {layer.node.name for layer in layers}
         modified = False
         for layer in layers:
@@ -75,52 +79,52 @@ class QuantizeNonParametric(Pass):
                     add_note(gm, "QuantizeNonParametric", holder.node, f"hidden inside the leaf module {row.op}")
         return modified
 
-    def _replace(self, gm: fx.GraphModule, layer: NonParametric, rows: list[SavedTensor]) -> str | None:
+    def _replace(self, gm: fx.GraphModule, layer: Call, rows: list[SavedTensor]) -> str | None:
         """Replace one layer; returns why not."""
         held = [row for row in rows if any(holder.node == layer.node.name for holder in row.holders)]
         if not held:
             return "keeps nothing: no gradient flows through it"
-        if layer.kind == "attention":
+        if layer.operator is F.scaled_dot_product_attention:
             return self._replace_attention(gm, layer)
-        if layer.kind == "softmax":
+        if layer.operator is F.softmax:
             return self._replace_softmax(gm, layer, held)
         if other := _other_holder(held, {layer.node.name}):
             return f"{other} keeps the same tensor anyway"
         module: nn.Module
-        if layer.kind == "gelu":
+        if layer.operator is F.gelu:
             module = QuantizedGELU(layer.options["approximate"], self.bits)
-        elif layer.kind == "silu":
+        elif layer.operator is F.silu:
             module = QuantizedSiLU(self.bits)
         else:
             module = QuantizedReLU()
-        call = _substitute(gm, layer.node, module, layer.operands)
-        if layer.options.get("inplace"):  # later readers of the input meant the overwritten one
-            layer.operands[0].replace_all_uses_with(call, delete_user_cb=lambda user: user > call)
+        call = _substitute(gm, layer.node, module, (layer.input,))
+        if layer.in_place:  # later readers of the input meant the overwritten one
+            layer.input.replace_all_uses_with(call, delete_user_cb=lambda user: user > call)
         return None
 
-    def _replace_attention(self, gm: fx.GraphModule, layer: NonParametric) -> str | None:
-        options = dict(layer.options)
-        query, key = (_shape(operand) for operand in layer.operands[:2])
+    def _replace_attention(self, gm: fx.GraphModule, layer: Call) -> str | None:
+        options = {**layer.options, "eval_dropout_p": layer.eval_options["dropout_p"]}
+        query, key = (_shape(operand) for operand in layer.nodes[:2])
         if options.pop("enable_gqa") or query[:-2] != key[:-2]:
             return "grouped-query attention: its map is wider than its keys"
-        _substitute(gm, layer.node, QuantizedAttention(**options, bits=self.bits), layer.operands)
+        _substitute(gm, layer.node, QuantizedAttention(**options, bits=self.bits), layer.nodes)
         return None
 
-    def _replace_softmax(self, gm: fx.GraphModule, layer: NonParametric, held: list[SavedTensor]) -> str | None:
-        if layer.options.get("dtype") is not None:
+    def _replace_softmax(self, gm: fx.GraphModule, layer: Call, held: list[SavedTensor]) -> str | None:
+        if layer.options["dtype"] is not None:
             return "changes the dtype"
         if layer.options["dim"] is None:
             return "has no explicit dimension"
         dim, rank = layer.options["dim"], len(_shape(layer.node))
-        product = product_with_values(gm, layer.node) if dim in (-1, rank - 1) else None
+        product = product_with_values(gm, layer) if dim in (-1, rank - 1) else None
         if product is not None:
             matmul, value, dropout_p = product
-            _substitute(gm, matmul, QuantizedSoftmaxMatmul(dropout_p, self.bits), (layer.operands[0], value))
+            _substitute(gm, matmul, QuantizedSoftmaxMatmul(dropout_p, self.bits), (layer.input, value))
             return None
         own = [row for row in held if row.made_at == layer.node.name]
         if other := _other_holder(own, {layer.node.name}):
             return f"{other} keeps the same map, and is not a plain product with values of the same leading shape"
-        _substitute(gm, layer.node, QuantizedSoftmax(dim, self.bits), layer.operands)
+        _substitute(gm, layer.node, QuantizedSoftmax(dim, self.bits), (layer.input,))
         return None
 
 

@@ -5,10 +5,10 @@ before  ReLU, ReLU6, leaky ReLU, ...     keeps y, 32 bits          after  Masked
 before  dropout                          keeps a mask, 32 or 8     after  CodedDropout       1 bit, exact
 """
 
-from torch import fx
+from torch import fx, nn
 
-from s2a_fx.analysis.activations import activation
-from s2a_fx.analysis.non_parametric import dropout_probability
+from s2a_fx.analysis.activations import activation, dropout_probability
+from s2a_fx.graph.calls import call_of
 from s2a_fx.graph.edit import replace_node
 from s2a_fx.nn.coded import CodedActivation, CodedDropout, MaskedActivation
 from s2a_fx.ops.activation import BINNED
@@ -31,18 +31,23 @@ def replace_activation(gm: fx.GraphModule, node: fx.Node, bits: int) -> None:
     found = activation(gm, node)
     assert found is not None
     module = CodedActivation(found.name, bits) if found.name in BINNED else MaskedActivation(found.name, found.options)
-    call = replace_node(gm, node, module, (found.operand,))
-    if found.inplace:  # later readers of the operand meant the overwritten one
-        found.operand.replace_all_uses_with(call, delete_user_cb=lambda user: user > call)
+    _replace(gm, node, module, found.operand, found.inplace)
 
 
 def serves_dropout(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Whether a node is a dropout that drops anything."""
-    return bool(dropout_probability(gm, node))
+    return bool(dropout_probability(call_of(gm, node)))
 
 
 def replace_dropout(gm: fx.GraphModule, node: fx.Node, bits: int) -> None:
     """Replace the dropout by the form that keeps one bit an element."""
-    probability = dropout_probability(gm, node)
-    assert probability is not None
-    replace_node(gm, node, CodedDropout(probability), (node.all_input_nodes[0],))
+    call = call_of(gm, node)
+    probability = dropout_probability(call)
+    assert call is not None and probability is not None
+    _replace(gm, node, CodedDropout(probability), call.input, call.in_place == "input")
+
+
+def _replace(gm: fx.GraphModule, node: fx.Node, module: nn.Module, operand: fx.Node, inplace: bool) -> None:
+    new = replace_node(gm, node, module, (operand,))
+    if inplace:  # later readers of the operand meant the overwritten one
+        operand.replace_all_uses_with(new, delete_user_cb=lambda user: user > new)

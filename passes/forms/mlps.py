@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
-from s2a_fx.analysis.activations import activation
-from s2a_fx.analysis.non_parametric import dropout_probability
+from s2a_fx.analysis.activations import activation, dropout_probability
 from s2a_fx.codecs.packing import MULTIPLE
+from s2a_fx.graph.calls import call_of
 from s2a_fx.graph.edit import replace_node
 from s2a_fx.nn.coded_mlp import CodedMLP
 from s2a_fx.nn.ghost import can_be_ghost, has_hooks
@@ -72,7 +72,7 @@ def _does_nothing(gm: fx.GraphModule, node: fx.Node) -> bool:
     module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
     if module is not None and has_hooks(module):
         return False
-    return type(module) is nn.Identity or dropout_probability(gm, node) == 0
+    return dropout_probability(call_of(gm, node)) == 0
 
 
 def _parameter(gm: fx.GraphModule, layer: fx.Node, name: str) -> fx.Node | None:

@@ -577,3 +577,84 @@ class WeightSlot:
 def weight_slots(module: nn.Module) -> list[WeightSlot]:
     """The places of a module and those inside it that hold parameters."""
     return [WeightSlot(name, p, m._parameters) for m in module.modules() for name, p in m._parameters.items() if p is not None]
+
+
+# Operators: what is known of a function of torch's by the schema of its ATen operator.
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter of an ATen operator.
+
+    Attributes:
+        name: as the schema has it.
+        kind: the type of a value, `TensorType`, `IntType`, ...; of a list, of its elements.
+        is_list: whether a list is wanted; one of a fixed `size` takes a single number, too.
+        is_optional: whether None is taken.
+        has_default, default: the value where the parameter is left out.
+        is_written: whether the operator writes to it.
+        is_shown: whether what the operator returns shares its storage, or may.
+    """
+
+    name: str
+    kind: str
+    is_list: bool
+    size: int | None
+    is_optional: bool
+    is_keyword: bool
+    has_default: bool
+    default: Any
+    is_written: bool
+    is_shown: bool
+
+
+@dataclass(frozen=True)
+class Schema:
+    """The parameters of one overload of an ATen operator, and whether it draws random numbers."""
+
+    operator: str
+    overload: str
+    parameters: tuple[Parameter, ...]
+    draws: bool
+
+
+def aten_name(function: Callable[..., Any]) -> str | None:
+    """The name, `add`, of the ATen operator that a function of torch's is; None for functions written in Python."""
+    from torch.jit._builtins import _find_builtin
+
+    if isinstance(function, torch._ops.OpOverload):
+        namespace, _, name = function._schema.name.partition("::")
+        return name if namespace == "aten" else None
+    if isinstance(function, torch._ops.OpOverloadPacket):
+        return function.__name__
+    return (_find_builtin(function) or "").removeprefix("aten::") or None  # type: ignore[no-untyped-call]
+
+
+@functools.cache
+def aten_schemas(name: str) -> tuple[Schema, ...]:
+    """The overloads of an ATen operator; none where there is no operator of this name."""
+    packet = getattr(torch.ops.aten, name, None) if name.isidentifier() else None
+    if not isinstance(packet, torch._ops.OpOverloadPacket):
+        return ()
+    return tuple(schema_of(getattr(packet, overload)) for overload in packet.overloads())
+
+
+@functools.cache
+def schema_of(overload: torch._ops.OpOverload) -> Schema:
+    """What is known of one overload."""
+    shown = {name for result in overload._schema.returns if result.alias_info for name in result.alias_info.before_set}
+    name = overload._schema.name.rpartition("::")[2]
+    parameters = tuple(_parameter(argument, shown) for argument in overload._schema.arguments)
+    return Schema(name, overload._schema.overload_name, parameters, torch.Tag.nondeterministic_seeded in overload.tags)
+
+
+def _parameter(argument: Any, shown: set[str]) -> Parameter:
+    kind, is_list, is_optional, alias = argument.type, False, False, argument.alias_info
+    if kind.kind() == "OptionalType":
+        kind, is_optional = kind.getElementType(), True
+    if kind.kind() == "ListType":
+        kind, is_list = kind.getElementType(), True
+    return Parameter(
+        argument.name, kind.kind(), is_list, argument.N, is_optional, argument.kwarg_only, argument.has_default_value(),
+        argument.default_value, bool(alias and alias.is_write), bool(alias and not shown.isdisjoint(alias.before_set)),
+    )  # fmt: skip

@@ -184,13 +184,48 @@ def test_an_activation_in_place_is_read_by_later_users_as_overwritten():
             y = self.act(h)
             return y + h
 
-    for act in (nn.ReLU(inplace=True), nn.SiLU(inplace=True), nn.Hardtanh(-0.5, 0.5, inplace=True), nn.ELU(inplace=True)):
+    activations = (nn.ReLU(inplace=True), nn.SiLU(inplace=True), nn.Hardtanh(-0.5, 0.5, inplace=True), nn.ELU(inplace=True))
+    for act in (*activations, nn.Dropout(0.5, inplace=True)):
         model, x = Overwrites(act), torch.randn(6, 16)
         gm = s2a_fx.transform(model, x, (CompressActivations(6, smallest=1),))
         y, exact = step(model, x)
         output, actual = step(gm, x)
         assert torch.equal(output, y)
         assert worst_cosine(actual, exact) > (0.999,)
+
+
+class Spelled(nn.Module):
+    """An activation between two layers, by any function."""
+
+    def __init__(self, function, *args):
+        super().__init__()
+        self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.function, self.options = function, args
+
+    def forward(self, x):
+        return self.b(self.function(self.a(x), *self.options))
+
+
+@pytest.mark.parametrize(
+    ("function", "args", "form"),
+    [
+        (torch.ops.aten.silu_.default, (), "CodedActivation"),
+        (torch.ops.aten.mish.default, (), "CodedActivation"),
+        (torch.special.expit, (), "CodedActivation"),
+        (torch.Tensor.tanh_, (), "CodedActivation"),
+        (nn.functional.leaky_relu_, (0.2,), "MaskedActivation"),
+        (nn.functional.hardtanh, (-1.0, 1.0), "MaskedActivation"),
+        (torch.clamp_, (-1.0, 1.0), "MaskedActivation"),
+    ],
+    ids=str,
+)
+def test_an_activation_is_compressed_however_it_is_spelled(function, args, form):
+    model, x = Spelled(function, *args), torch.randn(6, 16)
+    gm = s2a_fx.transform(model, x, (CompressActivations(6, smallest=1),))
+    assert form in [type(m).__name__ for m in gm.modules()]
+    (y, exact), (output, actual) = step(model, x), step(gm, x)
+    assert torch.equal(output, y)
+    assert worst_cosine(actual, exact) > (0.999,)
 
 
 @pytest.mark.parametrize(

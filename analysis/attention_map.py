@@ -1,0 +1,39 @@
+"""The product that an attention written out multiplies its map with."""
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from s2a_fx.analysis.activations import dropout_probability
+from s2a_fx.graph.calls import Call, call_of
+
+
+def product_with_values(gm: fx.GraphModule, softmax: Call) -> tuple[fx.Node, fx.Node, float] | None:
+    """The product, the values and the dropout's p in `dropout(softmax) @ values`; None where the map is read otherwise.
+
+    The softmax runs over the last dimension, in its operand's dtype.
+    """
+    node, shape = softmax.node, softmax.node.meta["val"].shape
+    if softmax.options["dim"] not in (-1, len(shape) - 1) or softmax.options["dtype"] is not None:
+        return None
+    dropout_p = 0.0
+    while len(node.users) == 1:
+        (user,) = node.users
+        call = call_of(gm, user)
+        drop = dropout_probability(call)
+        if drop is not None:
+            if dropout_p and drop:
+                return None
+            node, dropout_p = user, 1 - (1 - dropout_p) * (1 - drop)
+            continue
+        if call is None or call.operator is not torch.matmul or call.operands["input"] is not node:
+            return None
+        value = call.operands["other"]
+        assert isinstance(value, fx.Node)
+        return (user, value, dropout_p) if value.meta["val"].shape[:-2] == shape[:-2] else None
+    return None
+
+
+def computes_map(call: Call | None) -> bool:
+    """Whether a call computes an attention's map, or a map like it: a softmax or a fused attention."""
+    return call is not None and call.operator in (F.softmax, F.scaled_dot_product_attention)

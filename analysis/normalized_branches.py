@@ -15,6 +15,7 @@ from torch import fx, nn
 
 from s2a_fx.analysis.non_parametric import dropout_probability
 from s2a_fx.graph.flow import attribute, dependent_nodes
+from s2a_fx.graph.regions import modules_within
 from s2a_fx.nn.ghost import can_be_ghost
 from s2a_fx.nn.random_numbers import may_draw
 from s2a_fx.nn.recomputed_branch import Norm
@@ -108,7 +109,7 @@ def _branch(gm: fx.GraphModule, norm: fx.Node, order: dict[fx.Node, int], depend
     inside = _ancestors(output, region)
     inside |= _made_of_parameters(inside, order, dependent)
     nodes = tuple(sorted(inside - {norm}, key=order.__getitem__))
-    if any(n.op == "call_module" and any(map(runs_once, gm.get_submodule(str(n.target)).modules())) for n in nodes):
+    if any(n.op == "call_module" and any(map(runs_once, modules_within(gm.get_submodule(str(n.target))))) for n in nodes):
         return None
     operands = tuple(dict.fromkeys(o for n in nodes for o in n.all_input_nodes if o not in inside))
     tail = _tail(gm, nodes, inside)

@@ -540,12 +540,15 @@ def _own_saved_tensor_hooks() -> Iterator[None]:
             torch._C._autograd._saved_tensors_hooks_disable(message)
 
 
-# Parameters, where modules hold them.
+# Parameters and buffers, where modules hold them.
+
+RunningNorm = nn.modules.batchnorm._NormBase
+"""Base of the norms that may keep running statistics."""
 
 
 @dataclass(frozen=True)
-class WeightSlot:
-    """A place of a module that holds `tensor`, a parameter or what `torch.func.functional_call` put there."""
+class Slot:
+    """A place of a module that holds `tensor`: a parameter, a buffer, or what `torch.func.functional_call` put there."""
 
     name: str
     tensor: torch.Tensor
@@ -560,6 +563,11 @@ class WeightSlot:
         self.holder[self.name] = tensor
 
 
-def weight_slots(module: nn.Module) -> list[WeightSlot]:
-    """The places of a module and those inside it that hold parameters."""
-    return [WeightSlot(name, p, m._parameters) for m in module.modules() for name, p in m._parameters.items() if p is not None]
+def parameter_slots(module: nn.Module) -> list[Slot]:
+    """The places of a module alone that hold parameters."""
+    return [Slot(name, tensor, module._parameters) for name, tensor in module._parameters.items() if tensor is not None]
+
+
+def buffer_slots(module: nn.Module) -> list[Slot]:
+    """The places of a module alone that hold buffers."""
+    return [Slot(name, tensor, module._buffers) for name, tensor in module._buffers.items() if tensor is not None]

@@ -29,7 +29,7 @@ from s2a_fx.graph import fidelity, torch_internals
 from s2a_fx.graph.assignments import replace_assignments
 from s2a_fx.graph.call_code import CallCode, Result
 from s2a_fx.graph.dynamo_capture import capture_by_dynamo
-from s2a_fx.graph.fake import fake_mode, fake_modules, fake_tensor, traced_inputs
+from s2a_fx.graph.fake import fake_copy, fake_mode, fake_modules, fake_tensor, traced_inputs
 from s2a_fx.graph.fidelity import Behaviour
 from s2a_fx.graph.flow import eliminate_dead_code
 from s2a_fx.graph.fx_capture import THROUGH, Captured, capture_by_fx, first_line, place_of
@@ -260,7 +260,7 @@ def _fake_run(
     model = example.model
     memo: dict[int, Any] = {id(t): t for t in torch_internals.plain_tensors(model)}
     memo |= {id(t): fake_tensor(t, mode) for t in [*model.parameters(), *model.buffers()]}
-    fakes = copy.deepcopy(model, memo).train(training)
+    fakes = fake_copy(model, memo).train(training)
     leaves = [fake_tensor(t, mode) for t in example.inputs]
     args, kwargs = example.signature.arguments(leaves)
     return fakes, leaves, lambda: Structure.of(fakes(*args, **kwargs))

@@ -1,6 +1,5 @@
 """Shapes and dtypes of every node, from fake tensors."""
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,7 +7,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from s2a_fx.graph.fake import fake_mode, fake_tensor, traced_inputs
+from s2a_fx.graph.fake import fake_copy, fake_mode, fake_tensor, traced_inputs
 from s2a_fx.graph.regions import Region
 
 
@@ -51,7 +50,7 @@ def _value(gm: fx.GraphModule, node: fx.Node, mode: FakeTensorMode, faked: dict[
         for tensor in [*owner.parameters(), *owner.buffers()]:
             if id(tensor) not in faked:
                 faked[id(tensor)] = fake_tensor(tensor, mode)
-        return copy.deepcopy(module, faked)(*args, **kwargs)
+        return fake_copy(module, faked)(*args, **kwargs)
     return target(*args, **kwargs)
 
 

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import inspect
 import linecache
+import logging
 import random
 import re
 import threading
@@ -509,8 +510,8 @@ def make_non_persistent(model: nn.Module, paths: Sequence[str]) -> None:
 def neutral_state() -> Iterator[None]:
     """Run as at the top of a program, whatever the caller is inside of, but for autocast.
 
-    Gradients are on; inference mode, anomaly mode, fake modes and other dispatch modes, hooks of saved tensors, and a default
-    device are off.
+    Gradients are on; inference mode, anomaly mode, fake modes and other dispatch modes, hooks of saved tensors, a default device, and
+    the log of fake tensors are off.
     """
     anomaly = torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()
     with contextlib.ExitStack() as stack:
@@ -518,12 +519,28 @@ def neutral_state() -> Iterator[None]:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(_own_saved_tensor_hooks())
+        stack.enter_context(_silent_fake_tensors())
         if torch.get_default_device().type != "cpu":
             stack.enter_context(torch.device("cpu"))
         if anomaly[0]:
             torch.autograd.set_detect_anomaly(False)
             stack.callback(torch.autograd.set_detect_anomaly, *anomaly)
         yield
+
+
+@contextlib.contextmanager
+def _silent_fake_tensors() -> Iterator[None]:
+    """Keep torch from logging each call that fails on fake tensors in this thread: the error says it."""
+    log, thread = logging.getLogger(torch._subclasses.fake_tensor.__name__), threading.get_ident()
+
+    def is_of_another_thread(record: logging.LogRecord) -> bool:
+        return record.thread != thread
+
+    log.addFilter(is_of_another_thread)
+    try:
+        yield
+    finally:
+        log.removeFilter(is_of_another_thread)
 
 
 @contextlib.contextmanager

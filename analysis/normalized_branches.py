@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from s2a_fx.analysis.non_parametric import dropout_probability
+from s2a_fx.graph import torch_internals
 from s2a_fx.graph.flow import attribute, dependent_nodes
 from s2a_fx.graph.regions import modules_within
 from s2a_fx.nn.ghost import can_be_ghost
@@ -245,9 +246,7 @@ def runs_once(module: nn.Module) -> bool:
     counts = isinstance(module, nn.modules.batchnorm._NormBase) and (
         module.track_running_stats or isinstance(module, nn.modules.batchnorm._BatchNorm)
     )
-    return (
-        counts or isinstance(module, nn.RReLU) or any("spectral_norm" in str(hook) for hook in module._forward_pre_hooks.values())
-    )
+    return counts or isinstance(module, nn.RReLU) or torch_internals.changes_with_each_run(module)
 
 
 def _mixes_images(gm: fx.GraphModule, node: fx.Node) -> bool:

@@ -9,6 +9,7 @@ from torch import fx, nn
 
 from s2a_fx.errors import InputError
 from s2a_fx.graph.capture import trace
+from s2a_fx.graph.given_model import accept_model
 from s2a_fx.graph.torch_internals import neutral_state
 from s2a_fx.recipes import GraphPass, resolve, spelled
 from s2a_fx.tasks.origin import note_origin
@@ -38,6 +39,7 @@ def transform(
     The random state is afterwards as before.
     """
     passes = resolve(recipe)
+    model = accept_model(model)
     gm = trace(model, example_inputs)
     with _same_random_state(gm):
         gm = _apply(passes, gm)

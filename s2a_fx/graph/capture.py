@@ -33,6 +33,7 @@ from s2a_fx.graph.fake import fake_copy, fake_mode, fake_modules, fake_tensor, t
 from s2a_fx.graph.fidelity import Behaviour
 from s2a_fx.graph.flow import eliminate_dead_code
 from s2a_fx.graph.fx_capture import THROUGH, Captured, capture_by_fx, first_line, place_of
+from s2a_fx.graph.given_model import accept_model
 from s2a_fx.graph.inputs import Signature, Structure
 from s2a_fx.graph.metadata import signature_of, start_record
 from s2a_fx.graph.model_attributes import Skeleton, free_names, match_state
@@ -63,6 +64,7 @@ def trace(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
         TraceError: neither torch.fx nor Dynamo can follow the model faithfully; names the module and the line.
     """
     with torch_internals.neutral_state(), torch_internals.without_autocast():
+        model = accept_model(model)
         owned = share_weights(model)
         signature = signature_of(owned)
         if signature is None:
@@ -100,14 +102,15 @@ def _is_same_kind(given: torch.Tensor, traced: torch.Tensor) -> bool:
 def share_weights(model: nn.Module) -> nn.Module:
     """A copy of the modules around the same storages: new `nn.Parameter`s over the old data, the same buffers."""
     memo: dict[int, Any] = {id(b): b for b in model.buffers()}
+    memo |= {id(t): t.detach() for t in torch_internals.normalized_weights(model)}
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
     try:
         return copy.deepcopy(model, memo)
     except RuntimeError as error:
         raise InputError(
-            f"{type(model).__name__} holds tensors that cannot be copied ({first_line(error)}). Remove what computes weights from "
-            "weights, such as weight_norm, or trace the model before its first forward."
+            f"{type(model).__name__} holds tensors that cannot be copied ({first_line(error)}). Keep no tensor that needs a gradient in "
+            "an attribute of a module: detach it, or make it an nn.Parameter or a buffer."
         ) from error
 
 

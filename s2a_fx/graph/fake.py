@@ -30,8 +30,9 @@ def fake_copy(module: nn.Module, memo: dict[int, Any]) -> Any:
     """A deep copy of a module that runs on fake tensors: those that `memo` has in the place of the module's own.
 
     A norm with `momentum=None` reads how many batches it has seen, and weighs this one by the inverse. Fake tensors have no number to
-    read: the weight is 1.
+    read: the weight is 1. What hooks compute before the module runs is left out.
     """
+    memo |= {id(t): None for t in torch_internals.normalized_weights(module)}
     copied = copy.deepcopy(module, memo)
     for inner in modules_within(copied):
         if isinstance(inner, torch_internals.RunningNorm) and inner.momentum is None:

@@ -12,6 +12,7 @@ import linecache
 import logging
 import random
 import re
+import sys
 import threading
 import traceback
 import weakref
@@ -25,6 +26,9 @@ import torch.utils.checkpoint
 from torch import fx, nn
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor, FakeTensorMode
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
@@ -95,6 +99,31 @@ def has_hooks(module: nn.Module) -> bool:
 def has_backward_hooks(module: nn.Module) -> bool:
     """Whether a module has backward hooks or backward pre-hooks."""
     return bool(module._backward_hooks or module._backward_pre_hooks)
+
+
+def without_compiler(model: Any) -> Any:
+    """The module inside one that `torch.compile` returned; anything else as it is."""
+    dynamo = sys.modules.get("torch._dynamo")  # without it nothing was compiled
+    while dynamo is not None and isinstance(model, dynamo.OptimizedModule):
+        model = model._orig_mod
+    return model
+
+
+def normalized_weights(model: nn.Module) -> list[torch.Tensor]:
+    """The plain attributes that hooks of `weight_norm`, `spectral_norm` and pruning compute of parameters before each forward."""
+    found = []
+    for module in model.modules():
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, WeightNorm | SpectralNorm | BasePruningMethod):
+                name = hook._tensor_name if isinstance(hook, BasePruningMethod) else hook.name
+                found += [value for value in [vars(module).get(name)] if isinstance(value, torch.Tensor)]
+    return found
+
+
+def changes_with_each_run(module: nn.Module) -> bool:
+    """Whether a module's weight is another one each time that it runs: a spectral norm goes on with its power iteration."""
+    iterates = any(isinstance(hook, SpectralNorm) for hook in module._forward_pre_hooks.values())
+    return iterates or isinstance(module, torch.nn.utils.parametrizations._SpectralNorm)
 
 
 def remove_hooks(module: nn.Module) -> None:

@@ -109,8 +109,8 @@ def share_weights(model: nn.Module) -> nn.Module:
         return copy.deepcopy(model, memo)
     except RuntimeError as error:
         raise InputError(
-            f"{type(model).__name__} holds tensors that cannot be copied ({first_line(error)}). Keep no tensor that needs a gradient in "
-            "an attribute of a module: detach it, or make it an nn.Parameter or a buffer."
+            f"{type(model).__name__} holds tensors that cannot be copied ({first_line(error)}). Keep no tensor that needs a "
+            "gradient in an attribute of a module: detach it, or make it an nn.Parameter or a buffer."
         ) from error
 
 

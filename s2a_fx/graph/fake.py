@@ -29,8 +29,8 @@ def fake_tensor(tensor: torch.Tensor, mode: FakeTensorMode, batch_size: int | No
 def fake_copy(module: nn.Module, memo: dict[int, Any]) -> Any:
     """A deep copy of a module that runs on fake tensors: those that `memo` has in the place of the module's own.
 
-    A norm with `momentum=None` reads how many batches it has seen, and weighs this one by the inverse. Fake tensors have no number to
-    read: the weight is 1. What hooks compute before the module runs is left out.
+    A norm with `momentum=None` reads how many batches it has seen, and weighs this one by the inverse. Fake tensors have no number
+    to read: the weight is 1. What hooks compute before the module runs is left out.
     """
     memo |= {id(t): None for t in torch_internals.normalized_weights(module)}
     copied = copy.deepcopy(module, memo)

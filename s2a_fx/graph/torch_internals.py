@@ -539,8 +539,8 @@ def make_non_persistent(model: nn.Module, paths: Sequence[str]) -> None:
 def neutral_state() -> Iterator[None]:
     """Run as at the top of a program, whatever the caller is inside of, but for autocast.
 
-    Gradients are on; inference mode, anomaly mode, fake modes and other dispatch modes, hooks of saved tensors, a default device, and
-    the log of fake tensors are off.
+    Gradients are on; inference mode, anomaly mode, fake modes and other dispatch modes, hooks of saved tensors, a default device,
+    and the log of fake tensors are off.
     """
     anomaly = torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()
     with contextlib.ExitStack() as stack:

@@ -13,7 +13,16 @@ from torch import fx
 
 from s2a_fx.codecs.rows import Coded, Rows
 from s2a_fx.nn.compiled import DecodedRows, recomputed
-from s2a_fx.nn.recompute import Recomputed, ReplayState, as_leaf, needs_grad, parts, refuse_second_derivative
+from s2a_fx.nn.recompute import (
+    Recomputed,
+    ReplayState,
+    as_leaf,
+    needs_grad,
+    parts,
+    refuse_second_derivative,
+    with_tensors,
+    without_tensors,
+)
 from s2a_fx.ops import flat
 
 GROUP = 64
@@ -128,7 +137,7 @@ class _CodedInput(torch.autograd.Function):
         operands = arguments[module.activations :]
         ctx.saved_names = ("codes", "ranges") * module.activations + ("operand",)
         ctx.save_for_backward(*codes, *(t for t in operands if isinstance(t, torch.Tensor)))
-        ctx.constants = [None if isinstance(t, torch.Tensor) else t for t in operands]
+        ctx.constants = without_tensors(operands)
         return out  # type: ignore[no-any-return]
 
     @staticmethod
@@ -137,8 +146,7 @@ class _CodedInput(torch.autograd.Function):
         module: CodedInput = ctx.module
         kept = iter(ctx.saved_tensors)
         codes = [(next(kept), next(kept)) for _ in ctx.layouts]
-        operands = [next(kept) if constant is None else constant for constant in ctx.constants]
-        operands = list(map(as_leaf, operands, ctx.needs_input_grad[2 + module.activations :]))
+        operands = list(map(as_leaf, with_tensors(ctx.constants, kept), ctx.needs_input_grad[2 + module.activations :]))
         wide = sum(layout.needs_grad for layout in ctx.layouts)
         total: list[torch.Tensor | None] | None = None
         wanted = _parts(module.parts, ctx.layouts)

@@ -208,6 +208,20 @@ def refuse_second_derivative() -> None:
         )
 
 
+_TENSOR = object()
+"""Stands for a tensor among constants."""
+
+
+def without_tensors(values: Sequence[Any]) -> list[Any]:
+    """What `with_tensors` needs beside the tensors, which autograd keeps, to make the values again; None may be one of them."""
+    return [_TENSOR if isinstance(value, torch.Tensor) else value for value in values]
+
+
+def with_tensors(constants: Sequence[Any], tensors: Iterator[torch.Tensor]) -> list[Any]:
+    """The values that `without_tensors` was called with."""
+    return [next(tensors) if constant is _TENSOR else constant for constant in constants]
+
+
 def as_leaf(value: Any, needs_grad: bool) -> Any:
     """A tensor as a leaf of its own; anything else as it is."""
     return value.detach().requires_grad_(needs_grad) if isinstance(value, torch.Tensor) else value

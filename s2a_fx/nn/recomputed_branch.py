@@ -15,7 +15,16 @@ from torch import fx
 
 from s2a_fx.codecs.rows import Rows
 from s2a_fx.nn.compiled import DecodedNorm, recomputed
-from s2a_fx.nn.recompute import Recomputed, ReplayState, as_leaf, needs_grad, parts, refuse_second_derivative
+from s2a_fx.nn.recompute import (
+    Recomputed,
+    ReplayState,
+    as_leaf,
+    needs_grad,
+    parts,
+    refuse_second_derivative,
+    with_tensors,
+    without_tensors,
+)
 from s2a_fx.ops.normalize import (
     by_image,
     channel_shift,
@@ -128,7 +137,7 @@ class _RecomputedBranch(torch.autograd.Function):
         present = [name for name, t in (("weight", weight), ("bias", bias)) if t is not None]
         ctx.saved_names = ("codes", "ranges", "rstd", "shift", *present, "operand")
         ctx.save_for_backward(*codes, weight, bias, *(t for t in operands if isinstance(t, torch.Tensor)))
-        ctx.constants = [None if isinstance(t, torch.Tensor) else t for t in operands]
+        ctx.constants = without_tensors(operands)
         return out
 
     @staticmethod
@@ -137,9 +146,7 @@ class _RecomputedBranch(torch.autograd.Function):
         branch: RecomputedBranch = ctx.branch
         saved = ctx.saved_tensors
         codes, (weight, bias), kept = saved[:4], saved[4:6], saved[6:]
-        tensors = iter(kept)
-        operands = [next(tensors) if constant is None else constant for constant in ctx.constants]
-        operands = list(map(as_leaf, operands, ctx.needs_input_grad[5:]))
+        operands = list(map(as_leaf, with_tensors(ctx.constants, iter(kept)), ctx.needs_input_grad[5:]))
         leaves = [t for t in operands if isinstance(t, torch.Tensor) and t.requires_grad] + list(ctx.trained)
         totals: list[torch.Tensor | None] = [None] * len(leaves)
         width, bits = ctx.shape[-1], branch.codec.bits

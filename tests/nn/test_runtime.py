@@ -4,12 +4,15 @@ import copy
 import io
 
 import pytest
+import timm
 import torch
 from small_models import small_model
+from timm.layers import register_notrace_module
 from torch import nn
 from torch.func import functional_call
 
 import s2a_fx
+from s2a_fx.analysis.measure import measure_saved_bytes
 from s2a_fx.passes import CheckpointBlocks, CompressActivations, RecomputeBranches
 
 RECIPES = ("bias", "bias+checkpoint", "bias+compress", "bias+compress-max", "s2a", "s2a-max", "s2a-paper")
@@ -244,3 +247,46 @@ def test_a_branch_of_two_modes_keeps_the_mode_of_its_forward():
         expected = stepped(copy.deepcopy(gm), x)
         assert_equal(stepped(gm, x, lambda gm: gm.eval()), expected)
         assert "blocks.1.gate.weight" in expected
+
+
+class Masked(nn.Module):
+    """A residual branch whose attention is a leaf that may take no mask."""
+
+    class Attention(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.qkv = nn.Linear(width, 3 * width)
+
+        def forward(self, x, mask=None, scale=None):
+            q, k, v = self.qkv(x).unflatten(-1, (3, -1)).unbind(2)
+            y = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            return y if scale is None else y * scale
+
+    def __init__(self, width=64):
+        super().__init__()
+        self.norm, self.attention, self.out = nn.LayerNorm(width), self.Attention(width), nn.Linear(width, width)
+
+    def forward(self, x):
+        return x + self.out(self.attention(self.norm(x), None, scale=0.5))
+
+
+register_notrace_module(Masked.Attention)
+
+
+@pytest.mark.parametrize("passes", [(CheckpointBlocks(),), (RecomputeBranches(bits=8),), (CompressActivations(smallest=0),)])
+def test_none_is_an_operand_like_any_other(passes):
+    torch.manual_seed(0)
+    model, x = Blocks(Masked), torch.randn(4, 16, 8)
+    gm = s2a_fx.transform(model, (x,), passes)
+    found, expected = stepped(gm, x), stepped(model, x)
+    assert all((found[n] - g).norm() <= 0.2 * g.norm() for n, g in expected.items())
+
+
+@pytest.mark.parametrize("recipe", ["s2a", "s2a-max", "bias+compress"])
+def test_naflexvit(recipe):
+    torch.manual_seed(0)
+    model = timm.create_model("naflexvit_base_patch16_siglip", depth=1, embed_dim=64, num_heads=2, num_classes=4)
+    x = torch.randn(2, 3, 64, 64)
+    gm = s2a_fx.transform(model, (x,), recipe).train()
+    assert s2a_fx.analyze(gm, (x,)).saved_bytes == measure_saved_bytes(gm, (x,))
+    assert all(g.isfinite().all() for g in stepped(gm, x).values())

@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from s2a_fx.analysis.activations import dropout_probability
+from s2a_fx.graph import torch_internals
 from s2a_fx.graph.calls import call_of
 from s2a_fx.graph.flow import attribute, dependent_nodes
+from s2a_fx.graph.regions import modules_within
 from s2a_fx.nn.ghost import can_be_ghost
 from s2a_fx.nn.random_numbers import may_draw
 from s2a_fx.nn.recomputed_branch import Norm
@@ -109,7 +111,7 @@ def _branch(gm: fx.GraphModule, norm: fx.Node, order: dict[fx.Node, int], depend
     inside = _ancestors(output, region)
     inside |= _made_of_parameters(inside, order, dependent)
     nodes = tuple(sorted(inside - {norm}, key=order.__getitem__))
-    if any(n.op == "call_module" and any(map(runs_once, gm.get_submodule(str(n.target)).modules())) for n in nodes):
+    if any(n.op == "call_module" and any(map(runs_once, modules_within(gm.get_submodule(str(n.target))))) for n in nodes):
         return None
     operands = tuple(dict.fromkeys(o for n in nodes for o in n.all_input_nodes if o not in inside))
     tail = _tail(gm, nodes, inside)
@@ -247,9 +249,7 @@ def runs_once(module: nn.Module) -> bool:
     counts = isinstance(module, nn.modules.batchnorm._NormBase) and (
         module.track_running_stats or isinstance(module, nn.modules.batchnorm._BatchNorm)
     )
-    return (
-        counts or isinstance(module, nn.RReLU) or any("spectral_norm" in str(hook) for hook in module._forward_pre_hooks.values())
-    )
+    return counts or isinstance(module, nn.RReLU) or torch_internals.changes_with_each_run(module)
 
 
 def _mixes_images(gm: fx.GraphModule, node: fx.Node) -> bool:

@@ -4,7 +4,6 @@ The model is compiled on fake tensors up to the point where Inductor would gener
 machine code, nothing is allocated. `activation_memory_budget` and every other setting of the compiler count as they stand.
 """
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from s2a_fx.analysis.simulation import run_backward
 from s2a_fx.errors import InputError
-from s2a_fx.graph.fake import fake_tensor, traced_inputs
+from s2a_fx.graph.fake import fake_copy, fake_tensor, traced_inputs
 from s2a_fx.graph.provenance import module_path, plain_path
 
 
@@ -57,7 +56,7 @@ def partition(
         InputError: the model does not compile as one graph, or returns what a compiled step cannot be told apart by.
     """
     memo: dict[int, Any] = {id(t): fake_tensor(t, mode) for t in [*gm.parameters(), *gm.buffers()]}
-    model = copy.deepcopy(gm, memo)
+    model = fake_copy(gm, memo)
     inputs = tuple(fake_tensor(t, mode, batch_size) for t in traced_inputs(gm))
     recorder = _Recorder()
     with mode, aot_config.patch(enable_autograd_cache=False):  # type: ignore[attr-defined]

@@ -3,17 +3,21 @@
     before  x = block(x)                      keeps what the block keeps
     after   x = checkpoint(block, x)          keeps x; the block runs again in the backward
 
-Leaves alone, with a note: blocks through which no gradient flows.
+Leaves alone, with a note: blocks through which no gradient flows, and those that write to a buffer of the model or iterate a
+spectral norm, which a second run would do again. Running statistics of norms are safe.
 """
 
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 
 from s2a_fx.errors import PassError
+from s2a_fx.graph import torch_internals
 from s2a_fx.graph.edit import free_path, insert_call, snake_case
-from s2a_fx.graph.flow import trained_nodes
+from s2a_fx.graph.flow import has_effects, trained_nodes
 from s2a_fx.graph.metadata import add_note
+from s2a_fx.graph.regions import Region, modules_within
 from s2a_fx.graph.structure import Block, residual_blocks
 from s2a_fx.nn.checkpointed import Checkpointed
 from s2a_fx.nn.ghost import extract_bodies
@@ -33,10 +37,26 @@ class CheckpointBlocks(Pass):
         for block in blocks:
             if trained.isdisjoint(block.nodes):
                 add_note(gm, "CheckpointBlocks", block.output.name, f"{block.path}: keeps nothing: no gradient flows through it")
+            elif not _can_run_twice(gm, block):
+                add_note(gm, "CheckpointBlocks", block.output.name, f"{block.path}: writes to a buffer, and cannot run twice")
             else:
                 _replace(gm, block)
                 modified = True
         return modified
+
+
+def _can_run_twice(gm: fx.GraphModule, block: Block) -> bool:
+    """Whether no node of the block writes to what stands in the model, under whatever view, but for running statistics."""
+    modules = [gm.get_submodule(str(node.target)) for node in block.nodes if node.op == "call_module"]
+    if any(torch_internals.changes_with_each_run(inner) for module in modules for inner in modules_within(module)):
+        return False
+    writing = [node for node in block.nodes if has_effects(gm, node)]
+    if any(node.op == "call_module" and isinstance(gm.get_submodule(str(node.target)), Region) for node in writing):
+        return False
+    read = [node.meta["val"] for node in gm.graph.find_nodes(op="get_attr")]
+    own = {torch_internals.storage_key(value) for value in read if isinstance(value, torch.Tensor)}
+    values = (operand.meta["val"] for node in writing for operand in node.all_input_nodes)
+    return not any(torch_internals.storage_key(value) in own for value in values if isinstance(value, torch.Tensor))
 
 
 def _replace(gm: fx.GraphModule, block: Block) -> None:

@@ -9,7 +9,8 @@
     before  fused attention              keeps q, k, v, output and logsumexp
     after   QuantizedAttention           keeps q, k, v and the map at 4 bits
 
-The values computed in the forward do not change.
+The values computed in the forward do not change. A tensor has one range for all images, as in the paper: one NaN or infinity in an
+image makes the gradients of all images NaN.
 
 Leaves alone, each time with a note:
 

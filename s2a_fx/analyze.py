@@ -17,6 +17,7 @@ from s2a_fx.errors import InputError, PassError
 from s2a_fx.fork_map import fork_map
 from s2a_fx.graph.capture import trace
 from s2a_fx.graph.fake import traced_inputs
+from s2a_fx.graph.given_model import accept_model
 from s2a_fx.graph.metadata import base_parameters, notes_of
 from s2a_fx.graph.torch_internals import neutral_state
 from s2a_fx.recipes import GraphPass, name_of, resolve
@@ -58,7 +59,7 @@ def analyze(
     """
     _check_mode(mode)
     gm = trace(model, example_inputs)
-    return _report(gm, name or type(model).__name__, "as given", device, optimizer, loss, mode)
+    return _report(gm, name or type(accept_model(model)).__name__, "as given", device, optimizer, loss, mode)
 
 
 @neutral_state()
@@ -98,7 +99,7 @@ def compare(
     if not modes or len(set(modes)) < len(modes):
         raise InputError(f"modes: got {', '.join(modes) or 'none'}, wanted at least one of {', '.join(MODES)}, each once.")
     gm = trace(model, example_inputs)
-    called = name or type(model).__name__
+    called = name or type(accept_model(model)).__name__
 
     def report(step: tuple[str | Sequence[GraphPass], str]) -> MemoryReport | Refusal:
         recipe, mode = step

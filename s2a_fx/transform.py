@@ -1,12 +1,15 @@
 """`transform`: a model and a recipe make a trainable module."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from s2a_fx.errors import InputError
 from s2a_fx.graph.capture import trace
+from s2a_fx.graph.given_model import accept_model
 from s2a_fx.graph.torch_internals import neutral_state
 from s2a_fx.recipes import GraphPass, resolve, spelled
 from s2a_fx.tasks.origin import note_origin
@@ -32,9 +35,19 @@ def transform(
 
     Raises:
         S2AError: the recipe, the inputs or the model do not fit; the message says what to do.
+
+    The random state is afterwards as before.
     """
     passes = resolve(recipe)
+    model = accept_model(model)
     gm = trace(model, example_inputs)
+    with _same_random_state(gm):
+        gm = _apply(passes, gm)
+    note_origin(gm, model, spelled(passes))
+    return gm
+
+
+def _apply(passes: Sequence[GraphPass], gm: fx.GraphModule) -> fx.GraphModule:
     for graph_pass in passes:
         result = graph_pass(gm)
         if not hasattr(result, "graph_module"):
@@ -43,5 +56,16 @@ def transform(
                 "return PassResult(graph_module, modified)."
             )
         gm = result.graph_module
-    note_origin(gm, model, spelled(passes))
     return gm
+
+
+@contextmanager
+def _same_random_state(gm: fx.GraphModule) -> Iterator[None]:
+    """Leave the generators of the CPU and of the model's devices as they were: new parameters are drawn from them."""
+    places = {t.device for t in [*gm.parameters(), *gm.buffers()]}
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        for kind in ("cuda", "xpu"):
+            if used := sorted(place.index for place in places if place.type == kind):
+                stack.enter_context(torch.random.fork_rng(devices=used, device_type=kind))
+        yield

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from small_models import SMALL, small_model
 from steps import Twice, layers
 from timm.layers import DropPath
@@ -323,3 +324,25 @@ def test_hooks_are_not_left_out_in_silence():
     layers(gm, "RecomputedBranch")[0].register_forward_hook(lambda module, args, output: 2 * output)
     with pytest.raises(s2a_fx.InputError, match="has hooks"):
         s2a_fx.finalize(gm)
+
+
+def _small_windows():
+    return torchvision.models.SwinTransformer([4, 4], 32, [1, 2], [2, 4], [4, 4], num_classes=4, dropout=0.1, attention_dropout=0.1)
+
+
+WINDOWED = {
+    "swin_t": lambda: torchvision.models.swin_t(weights=None, num_classes=4),
+    "swin_v2_t": lambda: torchvision.models.swin_v2_t(weights=None, num_classes=4),
+    "small": _small_windows,
+}
+
+
+@pytest.mark.parametrize("recipe", ["bias", "s2a"])
+@pytest.mark.parametrize("name", WINDOWED)
+def test_torchvision_s_windowed_models(name, recipe):
+    torch.manual_seed(0)
+    gm = s2a_fx.transform(WINDOWED[name](), (torch.randn(2, 3, 64, 64),), recipe).eval()
+    finalized = s2a_fx.finalize(gm)
+    for images in (2, 3):
+        x = torch.randn(images, 3, 64, 64)
+        torch.testing.assert_close(finalized(x), gm(x), atol=1e-5, rtol=1e-4)

@@ -3,11 +3,13 @@
 import copy
 import io
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.nn.functional as F
 from small_models import small_model
+from torch import nn
 
 import s2a_fx
 
@@ -106,3 +108,51 @@ def test_fused_and_unfused_attention_have_alike_gradients():
         F.cross_entropy(gm(x), torch.tensor([0, 1])).backward()
         outputs.append(torch.cat([p.grad.flatten() for p in gm.parameters() if p.requires_grad]))
     assert F.cosine_similarity(*outputs, dim=0) > 0.99
+
+
+def _draw_and_fail(gm):
+    torch.rand(3)
+    raise s2a_fx.PassError("no")
+
+
+@pytest.mark.parametrize("recipe", ["s2a", "lora+compress", "s2a-max", (_draw_and_fail,)])
+def test_the_random_state_stays_as_it_was(vit, recipe):
+    model, x = vit
+    before = torch.get_rng_state()
+    for run in (s2a_fx.transform, lambda *args: s2a_fx.compare(*args[:2], [args[2]])):
+        with nullcontext() if isinstance(recipe, str) else pytest.raises(s2a_fx.PassError):
+            run(model, (x,), recipe)
+        assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_new_parameters_depend_on_the_seed(vit):
+    model, x = vit
+    found = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        found.append(s2a_fx.transform(model, (x,), "s2a").state_dict())
+    assert all(torch.equal(found[0][name], value) for name, value in found[1].items())
+    assert not all(torch.equal(found[0][name], value) for name, value in found[2].items())
+
+
+class _Sum(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.shift, self.fc = nn.Parameter(torch.zeros(8)), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.fc(x + self.shift)
+
+
+class _Joined(_Sum):
+    def forward(self, x):
+        return torch.cat([self.fc(x), self.fc(self.shift.expand(2, 8))], 1)
+
+
+@pytest.mark.parametrize("model", [_Sum(), _Joined(), s2a_fx.transform(_Sum(), torch.randn(2, 8), "bias")], ids=str)
+def test_inputs_of_a_wrong_shape_are_one_error_and_no_log(model, capfd):
+    wrong = torch.randn(3, 8) if isinstance(model, _Joined) else torch.randn(2, 9)
+    for run in (s2a_fx.transform, s2a_fx.analyze, s2a_fx.compare):
+        with pytest.raises(s2a_fx.InputError, match="does not take inputs of shape"):
+            run(model, (wrong,))
+    assert capfd.readouterr().err == ""

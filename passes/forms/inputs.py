@@ -9,6 +9,7 @@ from s2a_fx.analysis.normalized_branches import runs_once
 from s2a_fx.graph.edit import free_path, insert_call, snake_case
 from s2a_fx.graph.flow import IN_PLACE, dependent_nodes
 from s2a_fx.graph.provenance import module_stack, owner_path
+from s2a_fx.graph.regions import modules_within
 from s2a_fx.nn.coded_input import WHOLE, CodedInput, Parts
 from s2a_fx.nn.ghost import can_be_ghost, extract_bodies
 from s2a_fx.nn.lite_side_branch import LiteSideBlock
@@ -23,7 +24,7 @@ def serves_input(gm: fx.GraphModule, node: fx.Node) -> bool:
     if any(isinstance(v, list | tuple) for v in inputs):
         return False
     if node.op == "call_module":
-        modules = gm.get_submodule(str(node.target)).modules()
+        modules = modules_within(gm.get_submodule(str(node.target)))
         return not any(runs_once(m) or _is_coded(m) or getattr(m, "inplace", False) for m in modules)
     name = getattr(node.target, "__name__", str(node.target)).split(".")[0]
     in_place = name.endswith("_") or node.target in IN_PLACE or bool(node.kwargs.get("inplace"))

@@ -4,8 +4,9 @@
     before  BatchNorm2d                  keeps x, 32 bits                after  CodedBatchNorm   8 bits, or nothing
     before  BatchNormAct2d (timm)        keeps x and f's, 32 bits        after  CodedBatchNorm, then its drop and activation
 
-A batch norm's coded form stands under its path, so that no parameter or buffer is renamed. Leaves alone: subclasses of batch norm,
-which may do more; rows that cannot be packed.
+A batch norm's coded form stands under its path, so that no parameter or buffer is renamed; its drop and activation stand beside it,
+where they stay when somebody freezes or converts the norm. Leaves alone: subclasses of batch norm, which may do more; rows that
+cannot be packed.
 """
 
 from typing import Any
@@ -15,8 +16,8 @@ from torch import fx, nn
 
 from s2a_fx.analysis.normalized_branches import normalization
 from s2a_fx.codecs.packing import MULTIPLE
-from s2a_fx.graph.edit import replace_node
-from s2a_fx.graph.provenance import module_stack
+from s2a_fx.graph.edit import free_path, replace_node
+from s2a_fx.graph.provenance import owner_stack
 from s2a_fx.nn.coded import CodedLayerNorm
 from s2a_fx.nn.coded_norms import BATCH_NORMS, CodedBatchNorm, taking_over
 
@@ -39,17 +40,15 @@ def replace_layer_norm(gm: fx.GraphModule, node: fx.Node, bits: int) -> None:
 def open_norm_activations(gm: fx.GraphModule) -> bool:
     """Make a leaf that normalizes and activates three nodes: the batch norm, its drop, its activation; whether there was one."""
     leaves = [node for node in gm.graph.nodes if node.op == "call_module" and _is_norm_activation(gm, node)]
+    layers: dict[str, dict[str, nn.Module]] = {}
     for node in leaves:
         norm: Any = gm.get_submodule(str(node.target))
-        around = module_stack(node)
-        if isinstance(norm, BatchNormAct2d):  # a module that is called twice is opened once
+        around = owner_stack(node).values()
+        if str(node.target) not in layers:  # a module that is called twice is opened once
             _put(gm, node, taking_over(norm, nn.BatchNorm2d))
+            layers[str(node.target)] = _put_beside(gm, str(node.target), norm)
         value, last = node.meta["val"], node
-        for name in ("drop", "act"):
-            layer = getattr(norm, name)
-            if isinstance(layer, nn.Identity):
-                continue
-            path = f"{node.target}.{name}"
+        for path, layer in layers[str(node.target)].items():
             with gm.graph.inserting_after(last):
                 following = gm.graph.call_module(path, (last,))
             last.replace_all_uses_with(following, delete_user_cb=lambda user, new=following: user is not new)
@@ -57,6 +56,23 @@ def open_norm_activations(gm: fx.GraphModule) -> bool:
             following.meta["nn_module_stack"] = {place: (place, kind) for place, kind in [*around, (path, type(layer))]}
             last = following
     return bool(leaves)
+
+
+def _put_beside(gm: fx.GraphModule, path: str, norm: BatchNormAct2d) -> dict[str, nn.Module]:
+    """Put a norm's drop and activation beside it, by path; what has parameters keeps its place, and so the names of these."""
+    found: dict[str, nn.Module] = {}
+    parent, _, own = path.rpartition(".")
+    opened = gm.get_submodule(path)
+    for name, layer in (("drop", norm.drop), ("act", norm.act)):
+        if isinstance(layer, nn.Identity):
+            continue
+        place = f"{path}.{name}"
+        if not layer.state_dict():
+            place = free_path(gm, parent, f"{own}_{name}")
+            gm.add_submodule(place, layer)
+            delattr(opened, name)
+        found[place] = layer
+    return found
 
 
 def _is_norm_activation(gm: fx.GraphModule, node: fx.Node) -> bool:

@@ -29,10 +29,11 @@ from s2a_fx.graph import fidelity, torch_internals
 from s2a_fx.graph.assignments import replace_assignments
 from s2a_fx.graph.call_code import CallCode, Result
 from s2a_fx.graph.dynamo_capture import capture_by_dynamo
-from s2a_fx.graph.fake import fake_mode, fake_modules, fake_tensor, traced_inputs
+from s2a_fx.graph.fake import fake_copy, fake_mode, fake_modules, fake_tensor, traced_inputs
 from s2a_fx.graph.fidelity import Behaviour
 from s2a_fx.graph.flow import eliminate_dead_code
 from s2a_fx.graph.fx_capture import THROUGH, Captured, capture_by_fx, first_line, place_of
+from s2a_fx.graph.given_model import accept_model
 from s2a_fx.graph.inputs import Signature, Structure
 from s2a_fx.graph.metadata import signature_of, start_record
 from s2a_fx.graph.model_attributes import Skeleton, free_names, match_state
@@ -66,6 +67,7 @@ def trace(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
         TraceError: neither torch.fx nor Dynamo can follow the model faithfully; names the module and the line.
     """
     with torch_internals.neutral_state(), torch_internals.without_autocast():
+        model = accept_model(model)
         owned = share_weights(model)
         signature = signature_of(owned)
         if signature is None:
@@ -103,14 +105,15 @@ def _is_same_kind(given: torch.Tensor, traced: torch.Tensor) -> bool:
 def share_weights(model: nn.Module) -> nn.Module:
     """A copy of the modules around the same storages: new `nn.Parameter`s over the old data, the same buffers."""
     memo: dict[int, Any] = {id(b): b for b in model.buffers()}
+    memo |= {id(t): t.detach() for t in torch_internals.normalized_weights(model)}
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
     try:
         return copy.deepcopy(model, memo)
     except RuntimeError as error:
         raise InputError(
-            f"{type(model).__name__} holds tensors that cannot be copied ({first_line(error)}). Remove what computes weights from "
-            "weights, such as weight_norm, or trace the model before its first forward."
+            f"{type(model).__name__} holds tensors that cannot be copied ({first_line(error)}). Keep no tensor that needs a "
+            "gradient in an attribute of a module: detach it, or make it an nn.Parameter or a buffer."
         ) from error
 
 
@@ -258,7 +261,7 @@ def _graph_run(interpreter: fx.Interpreter, inputs: Sequence[torch.Tensor], stru
 def _behaviours_of_model(example: _Example) -> dict[bool, Behaviour]:
     """What the model does in train mode and in eval mode; a mode in which it is not, and that refuses the inputs, is left out."""
     model, mode = example.model, fake_mode()
-    fakes = _fake_copy(model, mode)
+    fakes = _faked(model, mode)
     found: dict[bool, Behaviour] = {}
     for training in _MODES:
         inputs = [fake_tensor(t, mode) for t in example.inputs]
@@ -274,11 +277,11 @@ def _behaviours_of_model(example: _Example) -> dict[bool, Behaviour]:
     return found
 
 
-def _fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
+def _faked(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
     """A copy of a model with fake parameters and buffers; tensors that are plain attributes stay."""
     memo: dict[int, Any] = {id(t): t for t in torch_internals.plain_tensors(model)}
     memo |= {id(t): fake_tensor(t, mode) for t in [*model.parameters(), *model.buffers()]}
-    return copy.deepcopy(model, memo)
+    return fake_copy(model, memo)
 
 
 def _model_run(fakes: nn.Module, signature: Signature, inputs: Sequence[torch.Tensor]) -> _Run:
@@ -304,7 +307,7 @@ def _refusal_of_reading(example: _Example, error: Exception) -> TraceError:
 def _place_of_call(example: _Example, training: bool, index: int) -> str | None:
     """The line of the model that makes a call, by its number in the model's behaviour."""
     mode = fake_mode()
-    fakes = _fake_copy(example.model, mode).train(training)
+    fakes = _faked(example.model, mode).train(training)
     inputs = [fake_tensor(t, mode) for t in example.inputs]
     with mode, _without_fast_path(example.model):
         return fidelity.place_of_call(fakes, inputs, _model_run(fakes, example.signature, inputs), index)

@@ -28,7 +28,7 @@ from s2a_fx.errors import TraceError
 from s2a_fx.graph import torch_internals
 from s2a_fx.graph.autograd_function import ApplyFunction
 from s2a_fx.graph.edit import free_path, snake_case
-from s2a_fx.graph.fake import fake_mode, fake_tensor
+from s2a_fx.graph.fake import fake_copy, fake_mode, fake_tensor
 from s2a_fx.graph.fx_capture import Captured, is_leaf, is_same_constant
 from s2a_fx.graph.inputs import Signature, Structure
 from s2a_fx.graph.provenance import module_stack, plain_path
@@ -131,7 +131,7 @@ def _fake_tensors(module: nn.Module, mode: FakeTensorMode) -> dict[int, Any]:
 def _run_leaf(index: int, *args: Any, **kwargs: Any) -> Any:
     """What a layer computes; Dynamo writes this call down, and does not look inside."""
     leaf, mode = _LEAVES.get()[index], torch_internals.present_fake_mode()
-    return copy.deepcopy(leaf, _fake_tensors(leaf, mode))(*args, **kwargs)
+    return fake_copy(leaf, _fake_tensors(leaf, mode))(*args, **kwargs)
 
 
 def _refusal(model: nn.Module, error: Exception) -> str:

@@ -8,6 +8,7 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from s2a_fx.graph import torch_internals
+from s2a_fx.graph.regions import modules_within
 
 
 def fake_mode() -> FakeTensorMode:
@@ -25,12 +26,35 @@ def fake_tensor(tensor: torch.Tensor, mode: FakeTensorMode, batch_size: int | No
     return torch_internals.make_fake(mode, shape, stride, tensor.dtype, tensor.requires_grad, isinstance(tensor, nn.Parameter))
 
 
+def reads_itself(module: nn.Module) -> bool:
+    """Whether a module needs `fake_copy` to run on fake tensors: exchanging its parameters and buffers is not enough."""
+    return any(map(_counts_batches, modules_within(module))) or bool(torch_internals.normalized_weights(module))
+
+
+def fake_copy(module: nn.Module, memo: dict[int, Any]) -> Any:
+    """A deep copy of a module that runs on fake tensors: those that `memo` has in the place of the module's own.
+
+    A norm with `momentum=None` reads how many batches it has seen, and weighs this one by the inverse. Fake tensors have no number
+    to read: the weight is 1. What hooks compute before the module runs is left out.
+    """
+    memo |= {id(t): None for t in torch_internals.normalized_weights(module)}
+    copied = copy.deepcopy(module, memo)
+    for inner in modules_within(copied):
+        if isinstance(inner, torch_internals.RunningNorm) and _counts_batches(inner):
+            inner.momentum = 1.0
+    return copied
+
+
+def _counts_batches(module: nn.Module) -> bool:
+    return isinstance(module, torch_internals.RunningNorm) and module.momentum is None
+
+
 def fake_modules(gm: fx.GraphModule, mode: FakeTensorMode) -> nn.Module:
     """The modules of a graph module, without the graph, their parameters and buffers faked; tied tensors stay tied."""
     memo: dict[int, Any] = {id(t): fake_tensor(t, mode) for t in [*gm.parameters(), *gm.buffers()]}
     root = nn.Module()
     for name, child in gm.named_children():
-        root.add_module(name, copy.deepcopy(child, memo))
+        root.add_module(name, fake_copy(child, memo))
     for name, parameter in gm.named_parameters(recurse=False):
         root.register_parameter(name, memo[id(parameter)])
     for name, buffer in gm.named_buffers(recurse=False):

@@ -191,6 +191,7 @@ class _Recorder(TorchDispatchMode):
             self.alive += storages
             self.dependent.update(map(torch_internals.key_of_storage, storages))
             if operator.writes:
+                self.alive += [t.untyped_storage() for t in reads]
                 self.dependent.update(keys)
             autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
             shapes = tuple(map(_shape, reads)), tuple(map(_shape, returns))

@@ -7,7 +7,8 @@ alone drops:
 2. `torch.no_grad()`, `torch.autocast()` and `torch.utils.checkpoint.checkpoint()` around a node become its scopes;
 3. forward hooks of the modules that are traced through, the model itself included, become nodes that call them;
 4. augmented assignments (`x += y`) stay writes;
-5. the shape of a parameter or buffer is a constant, and no node.
+5. the shape of a parameter or buffer is a constant, and no node;
+6. `float()` and `int()` of a size are nodes.
 
 torch.fx patches `nn.Module.__call__` and `__getattr__` for the whole process. So does this tracer, one trace at a time, and what
 other threads call passes straight through.
@@ -240,13 +241,18 @@ class ModelTracer(BufferTracer):
         ]
         before = [(owner, name, owner.__dict__[name]) for owner, name, _ in patched]
         functions = list(self._leaf_functions(model))
+        numbers = list(self._number_types(model))
         try:
             for owner, name, value in patched:
                 setattr(owner, name, value)
+            for namespace, name, kind in numbers:
+                namespace[name] = kind
             for namespace, name, function in functions:
                 namespace[name] = self._leaf_function(function)
             yield
         finally:
+            for namespace, name, _ in numbers:
+                del namespace[name]
             for namespace, name, function in functions:
                 namespace[name] = function
             for owner, name, value in before:
@@ -258,12 +264,17 @@ class ModelTracer(BufferTracer):
     def _leaf_functions(self, model: nn.Module) -> Iterator[tuple[dict[str, Any], str, Callable[..., Any]]]:
         """Where the files of the model's classes name a function that stays one node."""
         leaves = {id(f): f for f in (*get_notrace_functions(), *(f for f in vars(math).values() if callable(f)))}
-        forwards = (getattr(base, "forward", None) for m in model.modules() for base in type(m).__mro__)
-        namespaces = {id(f.__globals__): f.__globals__ for f in forwards if isinstance(f, FunctionType)}
-        for namespace in (vars(math), *namespaces.values()):
+        for namespace in (vars(math), *_namespaces(model)):
             for name, value in list(namespace.items()):
                 if id(value) in leaves and not name.startswith("_"):
                     yield namespace, name, value
+
+    def _number_types(self, model: nn.Module) -> Iterator[tuple[dict[str, Any], str, Any]]:
+        """What stands for `float` and `int` in the files of the model's classes."""
+        for namespace in _namespaces(model):
+            for kind in (float, int):
+                if kind.__name__ not in namespace:
+                    yield namespace, kind.__name__, _NumberType(kind.__name__, (), {"kind": kind, "tracer": self})
 
     def _leaf_function(self, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
@@ -273,6 +284,36 @@ class ModelTracer(BufferTracer):
             return function(*args, **kwargs)
 
         return wrapper
+
+
+def _namespaces(model: nn.Module) -> list[dict[str, Any]]:
+    """The globals of the files in which the classes of a model's modules stand."""
+    forwards = (getattr(base, "forward", None) for m in model.modules() for base in type(m).__mro__)
+    return list({id(f.__globals__): f.__globals__ for f in forwards if isinstance(f, FunctionType)}.values())
+
+
+class _NumberType(type):
+    """Stands for `float` or `int` while a model is traced: called on a proxy, it makes a node (6)."""
+
+    kind: Any
+    tracer: ModelTracer
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        if cls.tracer._is_here() and _holds_proxy(args):
+            return cls.tracer.create_proxy("call_function", cls.kind, args, kwargs)
+        return cls.kind(*args, **kwargs)
+
+    def __eq__(cls, other: Any) -> bool:
+        return cls is other or cls.kind is other
+
+    def __hash__(cls) -> int:
+        return hash(cls.kind)
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, cls.kind)
+
+    def __subclasscheck__(cls, subclass: Any) -> bool:
+        return issubclass(subclass, cls.kind)
 
 
 class _Proxy(fx.Proxy):

@@ -7,6 +7,7 @@
 `trace` returns closed graphs. A pass opens the graph, edits its nodes, and closes it again.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -62,9 +63,27 @@ class Region(nn.Module):
         super().__init__()
         self.__dict__.update(bodies)
 
+    def bodies(self) -> list[fx.GraphModule]:
+        """The region's graphs, each once."""
+        return list(dict.fromkeys(value for value in self.__dict__.values() if isinstance(value, fx.GraphModule)))
+
     def trained(self) -> list[nn.Parameter]:
-        """The region's parameters that train."""
-        return [p for p in self.body.parameters() if p.requires_grad]
+        """The parameters that train of the region and of the regions inside it."""
+        found = (p for module in modules_within(self) for p in module.parameters(recurse=False) if p.requires_grad)
+        return list(dict.fromkeys(found))
+
+
+def modules_within(module: nn.Module) -> Iterator[nn.Module]:
+    """A module and all modules inside it, those that regions run included, each once."""
+    seen: set[nn.Module] = set()
+    waiting = [module]
+    while waiting:
+        found = waiting.pop()
+        if found not in seen:
+            seen.add(found)
+            yield found
+            inside = [*found.children(), *(found.bodies() if isinstance(found, Region) else ())]
+            waiting += reversed(inside)
 
 
 class ScopeRegion(Region):
@@ -129,9 +148,6 @@ class ModeRegion(Region):
 
     def forward(self, *operands: Any) -> Any:
         return self.body(*operands) if self.training else self.eval_body(*operands)
-
-    def trained(self) -> list[nn.Parameter]:
-        return [p for body in (self.body, self.eval_body) for p in body.parameters() if p.requires_grad]
 
 
 REGIONS: dict[Kind, type[ScopeRegion]] = {"grad_mode": GradMode, "autocast": Autocast, "checkpoint": Checkpoint}

@@ -1,6 +1,5 @@
 """Shapes and dtypes of every node, from fake tensors."""
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +8,7 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
-from s2a_fx.graph.fake import fake_mode, fake_tensor, traced_inputs
+from s2a_fx.graph.fake import fake_copy, fake_mode, fake_tensor, reads_itself, traced_inputs
 from s2a_fx.graph.regions import Region
 
 
@@ -53,15 +52,15 @@ def _value(gm: fx.GraphModule, node: fx.Node, mode: FakeTensorMode, faked: dict[
 
 def _call_module(gm: fx.GraphModule, module: nn.Module, args: Any, kwargs: Any, mode: FakeTensorMode, faked: dict[int, Any]) -> Any:
     """What a module returns with fake tensors in the place of its own."""
-    if isinstance(module, Region):  # its tensors are registered where the model has them
-        faked |= {id(t): fake_tensor(t, mode) for t in (*gm.parameters(), *gm.buffers()) if id(t) not in faked}
-        return copy.deepcopy(module, faked)(*args, **kwargs)
+    owner = gm if isinstance(module, Region) else module  # a region's tensors are registered where the model has them
     own = {}
-    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+    for name, tensor in [*owner.named_parameters(), *owner.named_buffers()]:
         if id(tensor) not in faked:
             faked[id(tensor)] = fake_tensor(tensor, mode)
         own[name] = faked[id(tensor)]
-    return functional_call(module, own, args, kwargs)
+    if isinstance(module, Region) or reads_itself(module):
+        return fake_copy(module, faked)(*args, **kwargs)
+    return functional_call(module, own, args, kwargs)  # a tenth of a copy's time
 
 
 def _fake_attribute(gm: fx.GraphModule, target: str, mode: FakeTensorMode, faked: dict[int, Any]) -> Any:

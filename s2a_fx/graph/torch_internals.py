@@ -9,8 +9,10 @@ import contextlib
 import functools
 import inspect
 import linecache
+import logging
 import random
 import re
+import sys
 import threading
 import traceback
 import weakref
@@ -30,6 +32,9 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     in_kernel_invocation_manager,
 )
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
@@ -100,6 +105,31 @@ def has_hooks(module: nn.Module) -> bool:
 def has_backward_hooks(module: nn.Module) -> bool:
     """Whether a module has backward hooks or backward pre-hooks."""
     return bool(module._backward_hooks or module._backward_pre_hooks)
+
+
+def without_compiler(model: Any) -> Any:
+    """The module inside one that `torch.compile` returned; anything else as it is."""
+    dynamo = sys.modules.get("torch._dynamo")  # without it nothing was compiled
+    while dynamo is not None and isinstance(model, dynamo.OptimizedModule):
+        model = model._orig_mod
+    return model
+
+
+def normalized_weights(model: nn.Module) -> list[torch.Tensor]:
+    """The plain attributes that hooks of `weight_norm`, `spectral_norm` and pruning compute of parameters before each forward."""
+    found = []
+    for module in model.modules():
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, WeightNorm | SpectralNorm | BasePruningMethod):
+                name = hook._tensor_name if isinstance(hook, BasePruningMethod) else hook.name
+                found += [value for value in [vars(module).get(name)] if isinstance(value, torch.Tensor)]
+    return found
+
+
+def changes_with_each_run(module: nn.Module) -> bool:
+    """Whether a module's weight is another one each time that it runs: a spectral norm goes on with its power iteration."""
+    iterates = any(isinstance(hook, SpectralNorm) for hook in module._forward_pre_hooks.values())
+    return iterates or isinstance(module, torch.nn.utils.parametrizations._SpectralNorm)
 
 
 def remove_hooks(module: nn.Module) -> None:
@@ -523,8 +553,8 @@ def make_non_persistent(model: nn.Module, paths: Sequence[str]) -> None:
 def neutral_state() -> Iterator[None]:
     """Run as at the top of a program, whatever the caller is inside of, but for autocast.
 
-    Gradients are on; inference mode, anomaly mode, fake modes and other dispatch modes, hooks of saved tensors, and a default
-    device are off.
+    Gradients are on; inference mode, anomaly mode, fake modes and other dispatch modes, hooks of saved tensors, a default device,
+    and the log of fake tensors are off.
     """
     anomaly = torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()
     with contextlib.ExitStack() as stack:
@@ -532,12 +562,28 @@ def neutral_state() -> Iterator[None]:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(_own_saved_tensor_hooks())
+        stack.enter_context(_silent_fake_tensors())
         if torch.get_default_device().type != "cpu":
             stack.enter_context(torch.device("cpu"))
         if anomaly[0]:
             torch.autograd.set_detect_anomaly(False)
             stack.callback(torch.autograd.set_detect_anomaly, *anomaly)
         yield
+
+
+@contextlib.contextmanager
+def _silent_fake_tensors() -> Iterator[None]:
+    """Keep torch from logging each call that fails on fake tensors in this thread: the error says it."""
+    log, thread = logging.getLogger(torch._subclasses.fake_tensor.__name__), threading.get_ident()
+
+    def is_of_another_thread(record: logging.LogRecord) -> bool:
+        return record.thread != thread
+
+    log.addFilter(is_of_another_thread)
+    try:
+        yield
+    finally:
+        log.removeFilter(is_of_another_thread)
 
 
 @contextlib.contextmanager
@@ -554,12 +600,15 @@ def _own_saved_tensor_hooks() -> Iterator[None]:
             torch._C._autograd._saved_tensors_hooks_disable(message)
 
 
-# Parameters, where modules hold them.
+# Parameters and buffers, where modules hold them.
+
+RunningNorm = nn.modules.batchnorm._NormBase
+"""Base of the norms that may keep running statistics."""
 
 
 @dataclass(frozen=True)
-class WeightSlot:
-    """A place of a module that holds `tensor`, a parameter or what `torch.func.functional_call` put there."""
+class Slot:
+    """A place of a module that holds `tensor`: a parameter, a buffer, or what `torch.func.functional_call` put there."""
 
     name: str
     tensor: torch.Tensor
@@ -574,9 +623,14 @@ class WeightSlot:
         self.holder[self.name] = tensor
 
 
-def weight_slots(module: nn.Module) -> list[WeightSlot]:
-    """The places of a module and those inside it that hold parameters."""
-    return [WeightSlot(name, p, m._parameters) for m in module.modules() for name, p in m._parameters.items() if p is not None]
+def parameter_slots(module: nn.Module) -> list[Slot]:
+    """The places of a module alone that hold parameters."""
+    return [Slot(name, tensor, module._parameters) for name, tensor in module._parameters.items() if tensor is not None]
+
+
+def buffer_slots(module: nn.Module) -> list[Slot]:
+    """The places of a module alone that hold buffers."""
+    return [Slot(name, tensor, module._buffers) for name, tensor in module._buffers.items() if tensor is not None]
 
 
 # Operators: what is known of a function of torch's by the schema of its ATen operator.

@@ -13,7 +13,16 @@ from torch import fx
 
 from s2a_fx.codecs.rows import Coded, Rows
 from s2a_fx.nn.compiled import DecodedRows, recomputed
-from s2a_fx.nn.recompute import Recomputed, ReplayState, detached, needs_grad, parts, refuse_second_derivative
+from s2a_fx.nn.recompute import (
+    Recomputed,
+    ReplayState,
+    as_leaf,
+    needs_grad,
+    parts,
+    refuse_second_derivative,
+    with_tensors,
+    without_tensors,
+)
 from s2a_fx.ops import flat
 
 GROUP = 64
@@ -124,11 +133,11 @@ class _CodedInput(torch.autograd.Function):
             ctx.layouts.append(_Layout(x.shape, x.dtype, channels_last, x.requires_grad))
         ctx.state = ReplayState(module.body, *tensors)
         out = _output(module, arguments, _parts(module.parts, ctx.layouts) if module.parts.forward else WHOLE)
-        ctx.state.forget_unused()
+        ctx.state.end_forward()
         operands = arguments[module.activations :]
         ctx.saved_names = ("codes", "ranges") * module.activations + ("operand",)
         ctx.save_for_backward(*codes, *(t for t in operands if isinstance(t, torch.Tensor)))
-        ctx.constants = [None if isinstance(t, torch.Tensor) else t for t in operands]
+        ctx.constants = without_tensors(operands)
         return out  # type: ignore[no-any-return]
 
     @staticmethod
@@ -137,8 +146,7 @@ class _CodedInput(torch.autograd.Function):
         module: CodedInput = ctx.module
         kept = iter(ctx.saved_tensors)
         codes = [(next(kept), next(kept)) for _ in ctx.layouts]
-        operands = [detached(next(kept)) if constant is None else constant for constant in ctx.constants]
-        trained = [p for p in ctx.trained if p.requires_grad]
+        operands = list(map(as_leaf, with_tensors(ctx.constants, kept), ctx.needs_input_grad[2 + module.activations :]))
         wide = sum(layout.needs_grad for layout in ctx.layouts)
         total: list[torch.Tensor | None] | None = None
         wanted = _parts(module.parts, ctx.layouts)
@@ -150,7 +158,7 @@ class _CodedInput(torch.autograd.Function):
                 others = [t for t in operands if isinstance(t, torch.Tensor) and t.requires_grad]
                 with torch.enable_grad(), ctx.state.autocast():
                     result = module.backward_body(*inputs, *operands)
-                found = torch.autograd.grad(result, (*leaves, *others, *trained), part, allow_unused=True)
+                found = torch.autograd.grad(result, (*leaves, *others, *ctx.trained), part, allow_unused=True)
                 del result, inputs, leaves
                 total = list(found) if part.shape[0] == grad.shape[0] else _with_part(total, found, wide, place, grad.shape[0])
                 del found
@@ -158,8 +166,7 @@ class _CodedInput(torch.autograd.Function):
         gradients = iter(total)
         of_inputs = [next(gradients) if layout.needs_grad else None for layout in ctx.layouts]
         of_operands = [next(gradients) if isinstance(t, torch.Tensor) and t.requires_grad else None for t in operands]
-        of_trained = [next(gradients) if p.requires_grad else None for p in ctx.trained]
-        return None, None, *of_inputs, *of_operands, *of_trained
+        return None, None, *of_inputs, *of_operands, *gradients
 
 
 def _parts(wanted: Parts, layouts: Sequence[_Layout]) -> Parts:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from s2a_fx.graph.regions import Region
 from s2a_fx.graph.training_switch import TrainingSwitch
 
 _ATTENTION = (F.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default)
@@ -18,6 +19,8 @@ def may_draw(gm: fx.GraphModule, node: fx.Node) -> bool:
     module = gm.get_submodule(str(node.target))
     if isinstance(module, TrainingSwitch):
         return module.function is not F.dropout or bool(_argument(node, 1, "p", 0.5))
+    if isinstance(module, Region):
+        return any(may_draw(body, inner) for body in module.bodies() for inner in body.graph.nodes)
     return any(isinstance(m, TrainingSwitch) or _drops(m) for m in module.modules())
 
 

@@ -1,6 +1,6 @@
 """What modules that compute a part of the model again in their backward share."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from s2a_fx.graph import torch_internals
-from s2a_fx.graph.regions import Region
+from s2a_fx.graph.regions import Region, modules_within
 from s2a_fx.nn.random_numbers import may_draw
 
 PART_BYTES = 24 * 10**6
@@ -46,9 +46,9 @@ def needs_grad(*values: Any) -> bool:
 
 
 class ReplayState:
-    """What a region's forward ran with, to run it again: weights, modes, autocast, and the random numbers that it drew.
+    """What a region's forward ran with, to run it again: tensors, modes, autocast, and the random numbers that it drew.
 
-    Made before the forward; `forget_unused` after it drops the generators' states if nothing was drawn. Fake tensors draw nothing.
+    Made before the forward; call `end_forward` after it. Fake tensors draw nothing.
 
     Args:
         region: the region's forward.
@@ -58,24 +58,25 @@ class ReplayState:
     def __init__(self, region: nn.Module, *values: Any) -> None:
         x = next(v for v in values if isinstance(v, torch.Tensor))
         self.device = x.device
-        self._weights = WeightState(region)
+        self._modules = ModuleState(region)
         self._autocast = torch.is_autocast_enabled(x.device.type), torch.get_autocast_dtype(x.device.type)
-        self._states = None if isinstance(x, FakeTensor) else _random_states(x.device)
+        self._random = None if isinstance(x, FakeTensor) else _random_states(x.device)
 
-    def forget_unused(self) -> None:
-        """Say that the forward is over."""
-        if self._states is not None and all(map(torch.equal, self._states, _random_states(self.device))):
-            self._states = None
+    def end_forward(self) -> None:
+        """Note what the forward wrote to; forget the generators' states if it drew nothing."""
+        self._modules.end_forward()
+        if self._random is not None and all(map(torch.equal, self._random, _random_states(self.device))):
+            self._random = None
 
     @contextmanager
     def replay(self) -> Iterator[None]:
-        """Inside, weights and modes are those of the forward, and what was drawn is drawn again; all is afterwards as before."""
-        with self._weights.restore():
-            if self._states is None:
+        """Inside, tensors and modes are those of the forward, and what was drawn is drawn again; all is afterwards as before."""
+        with self._modules.restore():
+            if self._random is None:
                 yield
                 return
             present = _random_states(self.device)
-            _set_random_states(self._states, self.device)
+            _set_random_states(self._random, self.device)
             try:
                 yield
             finally:
@@ -87,41 +88,72 @@ class ReplayState:
         return torch.autocast(self.device.type, enabled=enabled, dtype=dtype)
 
 
-class WeightState:
-    """The parameters and modes of a region's modules when its forward ran."""
+class ModuleState:
+    """The parameters, buffers and modes of a region's modules when its forward ran. Made before the forward."""
 
     def __init__(self, region: nn.Module) -> None:
-        self._modes = [(module, module.training) for module in region.modules()]
-        self._weights = torch_internals.weight_slots(region)
-        self._versions = [torch_internals.version_of(slot.tensor) for slot in self._weights]
+        modules = list(modules_within(region))
+        self._modes = [(module, module.training) for module in modules]
+        self._parameters = [slot for module in modules for slot in torch_internals.parameter_slots(module)]
+        self._trained = [slot.tensor.requires_grad for slot in self._parameters]
+        self._read: list[torch_internals.Slot] = []
+        self._written: list[torch_internals.Slot] = []  # by running norms, whose kernels leave the version as it is
+        for module in modules:
+            counts = isinstance(module, torch_internals.RunningNorm) and module.training
+            (self._written if counts else self._read).extend(torch_internals.buffer_slots(module))
+        self._versions = _versions(self._parameters), _versions(self._read)
+
+    def end_forward(self) -> None:
+        """Note which buffers the forward wrote to."""
+        kept = [now == version for now, version in zip(_versions(self._read), self._versions[1], strict=True)]
+        self._written += [slot for slot, same in zip(self._read, kept, strict=True) if not same]
+        self._read = [slot for slot, same in zip(self._read, kept, strict=True) if same]
+        self._versions = self._versions[0], _versions(self._read)
 
     @contextmanager
     def restore(self) -> Iterator[None]:
-        """Inside, the modules have the parameters and modes of the forward.
+        """Inside, the modules have the tensors and modes of the forward, and write to copies of the buffers that it wrote to.
 
         Raises:
-            RuntimeError: a parameter was written to in place since, as torch raises it for a saved tensor.
+            RuntimeError: what the forward read was written to in place since, as torch raises it for a saved tensor.
         """
-        for slot, version in zip(self._weights, self._versions, strict=True):
-            now = torch_internals.version_of(slot.tensor)
-            if now != version:
-                raise RuntimeError(
-                    "one of the variables needed for gradient computation has been modified by an inplace operation: "
-                    f"parameter {slot.name} of shape {tuple(slot.tensor.shape)} is at version {now}; expected version {version}."
-                )
+        self._check_versions()
         modes = [(module, module.training) for module, mode in self._modes if module.training != mode]
-        others = [(slot, slot.present()) for slot in self._weights if slot.present() is not slot.tensor]
+        slots = [*self._parameters, *self._read]
+        others = [(slot, slot.tensor) for slot in slots if slot.present() is not slot.tensor]
+        others += [(slot, slot.tensor.clone()) for slot in self._written]
+        present = [(slot, slot.present()) for slot, _ in others]
+        needs = zip(self._parameters, self._trained, strict=True)
+        turned = [slot.tensor for slot, needed in needs if slot.tensor.is_leaf and slot.tensor.requires_grad != needed]
         for module, mode in modes:
             module.training = not mode
-        for slot, _ in others:
-            slot.put(slot.tensor)
+        for slot, tensor in others:
+            slot.put(tensor)
+        for tensor in turned:
+            tensor.requires_grad_(not tensor.requires_grad)
         try:
             yield
         finally:
+            for tensor in turned:
+                tensor.requires_grad_(not tensor.requires_grad)
+            for slot, tensor in present:
+                slot.put(tensor)
             for module, mode in modes:
                 module.training = mode
-            for slot, tensor in others:
-                slot.put(tensor)
+
+    def _check_versions(self) -> None:
+        for kind, slots, versions in zip(("parameter", "buffer"), (self._parameters, self._read), self._versions, strict=True):
+            for slot, version in zip(slots, versions, strict=True):
+                now = torch_internals.version_of(slot.tensor)
+                if now != version:
+                    raise RuntimeError(
+                        "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                        f"{kind} {slot.name} of shape {tuple(slot.tensor.shape)} is at version {now}; expected version {version}."
+                    )
+
+
+def _versions(slots: Sequence[torch_internals.Slot]) -> list[int]:
+    return [torch_internals.version_of(slot.tensor) for slot in slots]
 
 
 def _random_states(device: torch.device) -> list[torch.Tensor]:
@@ -176,6 +208,20 @@ def refuse_second_derivative() -> None:
         )
 
 
-def detached(value: Any) -> Any:
-    """A tensor as a leaf of its own, its need of a gradient kept; anything else as it is."""
-    return value.detach().requires_grad_(value.requires_grad) if isinstance(value, torch.Tensor) else value
+_TENSOR = object()
+"""Stands for a tensor among constants."""
+
+
+def without_tensors(values: Sequence[Any]) -> list[Any]:
+    """What `with_tensors` needs beside the tensors, which autograd keeps, to make the values again; None may be one of them."""
+    return [_TENSOR if isinstance(value, torch.Tensor) else value for value in values]
+
+
+def with_tensors(constants: Sequence[Any], tensors: Iterator[torch.Tensor]) -> list[Any]:
+    """The values that `without_tensors` was called with."""
+    return [next(tensors) if constant is _TENSOR else constant for constant in constants]
+
+
+def as_leaf(value: Any, needs_grad: bool) -> Any:
+    """A tensor as a leaf of its own; anything else as it is."""
+    return value.detach().requires_grad_(needs_grad) if isinstance(value, torch.Tensor) else value

@@ -15,7 +15,16 @@ from torch import fx
 
 from s2a_fx.codecs.rows import Rows
 from s2a_fx.nn.compiled import DecodedNorm, recomputed
-from s2a_fx.nn.recompute import Recomputed, ReplayState, detached, needs_grad, parts, refuse_second_derivative
+from s2a_fx.nn.recompute import (
+    Recomputed,
+    ReplayState,
+    as_leaf,
+    needs_grad,
+    parts,
+    refuse_second_derivative,
+    with_tensors,
+    without_tensors,
+)
 from s2a_fx.ops.normalize import (
     by_image,
     channel_shift,
@@ -123,12 +132,12 @@ class _RecomputedBranch(torch.autograd.Function):
             for whole, piece in zip((out, *codes), (result, *coded), strict=True):
                 whole[start : start + part.shape[0]] = piece
             del result, coded, piece
-        ctx.state.forget_unused()
+        ctx.state.end_forward()
         assert out is not None and codes is not None
         present = [name for name, t in (("weight", weight), ("bias", bias)) if t is not None]
         ctx.saved_names = ("codes", "ranges", "rstd", "shift", *present, "operand")
         ctx.save_for_backward(*codes, weight, bias, *(t for t in operands if isinstance(t, torch.Tensor)))
-        ctx.constants = [None if isinstance(t, torch.Tensor) else t for t in operands]
+        ctx.constants = without_tensors(operands)
         return out
 
     @staticmethod
@@ -137,11 +146,8 @@ class _RecomputedBranch(torch.autograd.Function):
         branch: RecomputedBranch = ctx.branch
         saved = ctx.saved_tensors
         codes, (weight, bias), kept = saved[:4], saved[4:6], saved[6:]
-        tensors = iter(kept)
-        operands = [next(tensors) if constant is None else constant for constant in ctx.constants]
-        operands = [detached(t) for t in operands]
-        trained = [p for p in ctx.trained if p.requires_grad]
-        leaves = [t for t in operands if isinstance(t, torch.Tensor) and t.requires_grad] + trained
+        operands = list(map(as_leaf, with_tensors(ctx.constants, iter(kept)), ctx.needs_input_grad[5:]))
+        leaves = [t for t in operands if isinstance(t, torch.Tensor) and t.requires_grad] + list(ctx.trained)
         totals: list[torch.Tensor | None] = [None] * len(leaves)
         width, bits = ctx.shape[-1], branch.codec.bits
         one, zero = torch.ones(1, width, device=grad.device), torch.zeros(1, width, device=grad.device)
@@ -172,8 +178,7 @@ class _RecomputedBranch(torch.autograd.Function):
                     ).view(part.shape[0], *ctx.shape[1:])
         found = iter(totals)
         of_operands = [next(found) if isinstance(t, torch.Tensor) and t.requires_grad else None for t in operands]
-        of_trained = [next(found) if p.requires_grad else None for p in ctx.trained]
-        return None, None, grad_x, *norm_totals, *of_operands, *of_trained
+        return None, None, grad_x, *norm_totals, *of_operands, *found
 
 
 def _sum(total: torch.Tensor | None, term: torch.Tensor | None) -> torch.Tensor | None:

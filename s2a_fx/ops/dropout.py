@@ -15,6 +15,11 @@ def dropout_kernel(x: torch.Tensor, p: float) -> tuple[torch.Tensor, torch.Tenso
     return x * noise, encode_mask(flat.rows(in_order), 0.0, float("inf"), False, False)
 
 
+def kept_scale(p: float) -> float:
+    """What dropout multiplies the elements by that it keeps; where it keeps none, 0."""
+    return 1 / (1 - p) if p < 1 else 0.0
+
+
 dropout = torch.library.custom_op("s2a_fx::dropout", dropout_kernel, mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 
 
@@ -28,7 +33,7 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[1])
-    ctx.scale = 1 / (1 - inputs[1]) if inputs[1] < 1 else 0.0
+    ctx.scale = kept_scale(inputs[1])
     ctx.channels_last, ctx.shape = flat.is_channels_last(inputs[0]), inputs[0].shape
 
 

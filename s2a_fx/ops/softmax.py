@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from s2a_fx.ops import uniform
 from s2a_fx.ops.bits import look_up, pack, packed_size
+from s2a_fx.ops.dropout import kept_scale
 
 
 def softmax_kernel(x: torch.Tensor, dim: int, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -113,7 +114,7 @@ def map_gradients(
     """
     grad_map = torch.matmul(grad, value.to(grad.dtype).transpose(-2, -1)).float()
     if dropout_p > 0:
-        scales = torch.tensor([0.0, 1 / (1 - dropout_p)], device=y.device)
+        scales = torch.tensor([0.0, kept_scale(dropout_p)], device=y.device)
         noise = look_up(kept, scales, 1, y.shape)
         grad_map *= noise
         grad_value = torch.matmul((y * noise).to(grad.dtype).transpose(-2, -1), grad)

@@ -10,6 +10,7 @@ from small_models import small_model
 from torch import nn
 
 import s2a_fx
+from s2a_fx.analysis.measure import measure_saved_bytes
 from s2a_fx.graph.provenance import module_path
 from s2a_fx.graph.training_switch import TrainingSwitch
 from s2a_fx.passes import CompressActivations, FreezeWeights
@@ -226,3 +227,75 @@ def test_missing_inputs_are_named():
 
     with pytest.raises(s2a_fx.InputError, match="also needs y"):
         s2a_fx.trace(TakesTwo(), torch.randn(2))
+
+
+class Grid(nn.Module):
+    """Makes coordinates of the sizes of its input, as rotary embeddings do."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.conv(x)
+        height, width = x.shape[-2:]
+        rows = torch.arange(height, dtype=torch.float32) / float(height)
+        columns = torch.arange(width, dtype=torch.float32) / (float(width) if not isinstance(self.fc.bias, float) else 1)
+        return self.fc((x * (rows[:, None] + columns)).mean((2, 3)))
+
+
+class Half(nn.Module):
+    """Reads a part of its input, as large as a share of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.fc(x[:, : int(x.shape[1] * 0.5)].mean(1)) * float("2") + int(isinstance(0.5, float))
+
+
+NUMBERS = {
+    "dinov3": (
+        lambda: timm.create_model("vit_small_patch16_dinov3", depth=1, embed_dim=64, num_heads=2, num_classes=4),
+        (torch.randn(2, 3, 64, 64), torch.randn(3, 3, 64, 64)),
+    ),
+    "grid": (Grid, (torch.randn(2, 3, 16, 24), torch.randn(3, 3, 24, 32))),
+    "half": (Half, (torch.randn(2, 6, 8), torch.randn(1, 9, 8))),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_made_of_sizes_are_traced_by_torch_fx(name, monkeypatch):
+    def dynamo(*args):
+        raise AssertionError("torch.fx did not trace it")
+
+    monkeypatch.setattr("s2a_fx.graph.capture.capture_by_dynamo", dynamo)
+    torch.manual_seed(0)
+    make, inputs = NUMBERS[name]
+    model = make().eval()
+    gm = s2a_fx.trace(model, (inputs[0],))
+    for x in inputs:
+        assert torch.equal(gm(x), model(x))
+    assert "float" not in globals()
+    gm = s2a_fx.transform(model, (inputs[0],), "full").train()
+    assert s2a_fx.analyze(gm, (inputs[0],)).saved_bytes == measure_saved_bytes(gm, (inputs[0],))
+
+
+@pytest.mark.parametrize("recipe", ["bias", "bias+checkpoint", "bias+compress", "s2a", "s2a-max", "s2a-paper", "adapter"])
+@pytest.mark.parametrize("name", ["vit_small_patch16_dinov3", "vit_small_patch16_dinov3_qkvb"])
+def test_recipes_of_dinov3(name, recipe):
+    torch.manual_seed(0)
+    model = timm.create_model(name, depth=2, embed_dim=64, num_heads=2, num_classes=4)
+    x = torch.randn(2, 3, 64, 64)
+    gm = s2a_fx.transform(model, (x,), recipe).train()
+    assert s2a_fx.analyze(gm, (x,)).saved_bytes == measure_saved_bytes(gm, (x,))
+    gm(x).square().sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in gm.parameters())
+    torch.testing.assert_close(gm.eval()(x), model.eval()(x))
+
+
+def test_visual_prompts_are_refused_where_rotary_positions_are_of_as_many_tokens_as_traced():
+    model = timm.create_model("vit_small_patch16_dinov3", depth=2, embed_dim=64, num_heads=2, num_classes=4)
+    with pytest.raises(s2a_fx.S2AError, match="was built for its number of tokens"):
+        s2a_fx.transform(model, (torch.randn(2, 3, 64, 64),), "vpt")

@@ -140,6 +140,17 @@ def test_softmax_matmul_equals_softmax_dropout_product(dropout_p, dtype):
         assert F.cosine_similarity(a.flatten().float(), e.flatten().float(), 0) > 0.999
 
 
+def test_what_is_dropped_whole_has_a_gradient_of_zero():
+    q, k, v = (torch.randn(2, 2, 6, 6, requires_grad=True) for _ in range(3))
+    for y in (
+        ops.attention(q, k, v, None, 1.0, False, 0.5, 4)[0],
+        ops.softmax_matmul(q @ k, v, 1.0, 4)[0],
+        ops.dropout(q + k + v, 1.0)[0],
+    ):
+        assert not y.any()
+        assert not any(g.any() for g in torch.autograd.grad(y.sum(), (q, k, v)))
+
+
 def opcheck_cases():
     def leaf(*shape):
         return torch.randn(*shape, requires_grad=True)

@@ -7,8 +7,9 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import BatchNormAct2d
+from timm.layers import BatchNormAct2d, freeze_batch_norm_2d
 from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
 
 import s2a_fx
 from s2a_fx.analysis.measure import measure_saved_bytes
@@ -185,3 +186,65 @@ def test_a_subclass_is_left_alone_with_a_reason():
     coded = transformed(model, x, BIASES, CompressActivations(smallest=1))
     assert type(coded.get_submodule("1")) is Own
     assert any("no form serves Own" in n.reason for n in s2a_fx.analyze(coded, x).notes)
+
+
+def _as_torchvision_s(module):
+    """A copy of a model with torchvision's frozen norms in the place of all batch norms."""
+    if isinstance(module, nn.BatchNorm2d):
+        frozen = FrozenBatchNorm2d(module.num_features, module.eps)
+        frozen.load_state_dict({name: value for name, value in module.state_dict().items() if name in frozen.state_dict()})
+        return frozen
+    for name, child in module.named_children():
+        module.add_module(name, _as_torchvision_s(child))
+    return module
+
+
+CONVERSIONS = {
+    "timm": freeze_batch_norm_2d,
+    "torchvision": _as_torchvision_s,
+    "torch": nn.SyncBatchNorm.convert_sync_batchnorm,
+}
+
+
+@pytest.mark.parametrize("conversion", CONVERSIONS)
+@pytest.mark.parametrize("name", ["efficientnet_b0", "resnet10t", "mobilenetv3_small_050"])
+def test_norms_are_converted_as_in_any_model(name, conversion):
+    torch.manual_seed(0)
+    model, x = timm.create_model(name, num_classes=4), torch.randn(2, 3, 64, 64)
+    plain, coded = (s2a_fx.transform(model, (x,), recipe) for recipe in ("bias", "bias+compress"))
+    coded = CONVERSIONS[conversion](coded)
+    if conversion == "torch":  # SyncBatchNorm does not train on the CPU
+        plain.eval()
+        coded.eval()
+    else:
+        plain = freeze_batch_norm_2d(plain)
+    torch.manual_seed(1)
+    expected = plain(x)
+    torch.manual_seed(1)
+    output = coded(x)
+    assert torch.equal(output, expected)
+    output.sum().backward()
+    assert all(p.grad is not None for p in coded.parameters() if p.requires_grad)
+    assert all(torch.equal(b, model.state_dict()[n]) for n, b in coded.named_buffers())
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        nn.BatchNorm2d(8, momentum=None),
+        BatchNormAct2d(8, momentum=None),
+        nn.InstanceNorm2d(8, momentum=None, track_running_stats=True),
+    ],
+    ids=lambda norm: type(norm).__name__,
+)
+@pytest.mark.parametrize("recipe", ["full", "bias", "bias+compress", "linear"])
+def test_a_norm_that_averages_over_all_batches(norm, recipe):
+    model, x = small(copy.deepcopy(norm), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
+    gm = s2a_fx.transform(copy.deepcopy(model), (x,), recipe).train()
+    assert gm.get_submodule("1").momentum is None
+    assert s2a_fx.analyze(gm, (x,)).saved_bytes == measure_saved_bytes(copy.deepcopy(gm), (x,))
+    assert s2a_fx.analyze(gm, (x,), mode="compile").saved_bytes
+    model.train()
+    for batch in (x, 2 * x + 1, -x):
+        assert torch.equal(gm(batch), model(batch))
+    assert all(torch.equal(b, model.state_dict()[name]) for name, b in gm.named_buffers())

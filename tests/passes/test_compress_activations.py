@@ -217,7 +217,7 @@ class Spelled(nn.Module):
         (nn.functional.hardtanh, (-1.0, 1.0), "MaskedActivation"),
         (torch.clamp_, (-1.0, 1.0), "MaskedActivation"),
     ],
-    ids=str,
+    ids=["aten.silu_", "aten.mish", "special.expit", "Tensor.tanh_", "leaky_relu_", "hardtanh", "clamp_"],
 )
 def test_an_activation_is_compressed_however_it_is_spelled(function, args, form):
     model, x = Spelled(function, *args), torch.randn(6, 16)

@@ -21,6 +21,7 @@ from s2a_fx.analysis.ledger import NODE, Ledger, SaveRecord, StepRecord, in_stea
 from s2a_fx.analysis.loss import default_loss, describe_loss
 from s2a_fx.analysis.optimizer import make_optimizer, stand_ins
 from s2a_fx.errors import InputError
+from s2a_fx.graph.caches import without_caches
 from s2a_fx.graph.fake import fake_mode, fake_modules, fake_tensor, traced_inputs
 from s2a_fx.graph.regions import Checkpoint
 from s2a_fx.graph.torch_internals import neutral_state
@@ -55,7 +56,7 @@ def simulate(
     inputs = tuple(fake_tensor(t, mode, batch_size) for t in traced_inputs(gm))
     ledger = Ledger(device)
     parts = 1 if forward_only else 3  # the first makes what all write to, the second what all add to; then they are alike
-    with neutral_state(), mode, device.functions(), at_most_parts(parts):
+    with neutral_state(), without_caches(gm), mode, device.functions(), at_most_parts(parts):
         ledger.own_all(model, inputs)
         stepping = Stepping.of(model, None if forward_only else optimizer, device.foreach)
         with ledger:

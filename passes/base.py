@@ -18,6 +18,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from s2a_fx.errors import InputError, PassError
 from s2a_fx.graph import torch_internals
+from s2a_fx.graph.caches import without_caches
 from s2a_fx.graph.flow import eliminate_dead_code
 from s2a_fx.graph.scopes import close_scopes, open_scopes
 from s2a_fx.graph.shapes import propagate
@@ -39,7 +40,7 @@ class Pass(abc.ABC):
                 f"{type(self).__name__}: the graph carries no shapes; make it with s2a_fx.trace(model, example_inputs), "
                 "or call s2a_fx.graph.shapes.propagate(gm, example_inputs) first."
             )
-        with torch_internals.neutral_state():
+        with torch_internals.neutral_state(), without_caches(graph_module):
             opened = open_scopes(graph_module)
             modified = self.rewrite(graph_module)
             if opened:

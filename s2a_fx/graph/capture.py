@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from s2a_fx.errors import InputError, TraceError
 from s2a_fx.graph import fidelity, torch_internals
 from s2a_fx.graph.assignments import replace_assignments
+from s2a_fx.graph.caches import without_caches
 from s2a_fx.graph.call_code import CallCode, Result
 from s2a_fx.graph.dynamo_capture import capture_by_dynamo
 from s2a_fx.graph.fake import fake_copy, fake_mode, fake_modules, fake_tensor, traced_inputs
@@ -66,8 +67,8 @@ def trace(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
         InputError: the inputs do not fit the model.
         TraceError: neither torch.fx nor Dynamo can follow the model faithfully; names the module and the line.
     """
-    with torch_internals.neutral_state(), torch_internals.without_autocast():
-        model = accept_model(model)
+    model = accept_model(model)
+    with torch_internals.neutral_state(), torch_internals.without_autocast(), without_caches(model):
         owned = share_weights(model)
         signature = signature_of(owned)
         if signature is None:

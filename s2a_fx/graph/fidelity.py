@@ -148,7 +148,7 @@ class _Recorder(TorchDispatchMode):
         self.tokens: weakref.WeakSet[_Token] = weakref.WeakSet()
 
     def pack(self, tensor: torch.Tensor) -> _Token:
-        token = _Token(tensor)
+        token = _Token(torch_internals.shadow_of(tensor))  # a node's own output would keep its node, and the node the token
         self.tokens.add(token)
         return token
 

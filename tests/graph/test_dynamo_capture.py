@@ -136,12 +136,16 @@ def hugging_face(name, **options):
             "text_config": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16},
             "num_labels": 4,
         },
+        "Siglip": {"vision_config": {key: value for key, value in small.items() if key != "num_labels"}, "num_labels": 4},
+        "MobileViT": {
+            "hidden_sizes": [16, 24, 32], "neck_hidden_sizes": [8, 8, 16, 16, 24, 32, 32], "image_size": 32, "num_labels": 4,
+        },
     }  # fmt: skip
     config = getattr(transformers, f"{name}Config")(**{**configs[name], **options})
     return getattr(transformers, f"{name}ForImageClassification")(config)
 
 
-@pytest.mark.parametrize("name", ["ViT", "Dinov2", "ResNet", "Segformer", "CLIP"])
+@pytest.mark.parametrize("name", ["ViT", "Dinov2", "ResNet", "Segformer", "CLIP", "Siglip", "MobileViT"])
 def test_hugging_face_by_keyword_with_its_loss(name):
     check(hugging_face(name), Inputs(pixel_values=IMAGES, labels=LABELS))
 
@@ -558,7 +562,7 @@ def test_a_parameter_that_no_module_registers_is_refused():
 # Both modes, held to the model
 
 
-@pytest.mark.parametrize("name", ["ViT", "Dinov2", "Segformer"])
+@pytest.mark.parametrize("name", ["ViT", "Dinov2", "Segformer", "Siglip"])
 @pytest.mark.parametrize("checkpoints", [False, True])
 def test_hugging_face_is_traced_faithfully(name, checkpoints):
     model = hugging_face(name)
@@ -569,6 +573,35 @@ def test_hugging_face_is_traced_faithfully(name, checkpoints):
         expected = step(model, functools.partial(model.train(training), pixel_values=IMAGES, labels=LABELS))[0]
         found = step(gm, functools.partial(gm.train(training), pixel_values=IMAGES, labels=LABELS))[0]
         assert_equal(expected, found)
+
+
+def test_hugging_face_dinov3_whose_positions_are_cached():
+    transformers = pytest.importorskip("transformers")
+    model = transformers.DINOv3ViTModel(
+        transformers.DINOv3ViTConfig(
+            hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=32, patch_size=16,
+        )
+    )  # fmt: skip
+    gm = trace(model, {"pixel_values": IMAGES})
+    for training in (True, False):
+        expected = step(model, functools.partial(model.train(training), pixel_values=IMAGES))[0]
+        found = step(gm, functools.partial(gm.train(training), pixel_values=IMAGES))[0]
+        assert_equal(expected, found)
+
+
+def test_dead_code_that_keeps_its_own_output_is_no_difference():
+    attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention, self.head = attention, nn.Linear(8, 3)
+
+        def forward(self, x):
+            self.attention(x[:, :1], x, x)
+            return self.head(x)
+
+    assert "attention" not in "".join(map(str, targets(trace(Pooled(), TOKENS))))
 
 
 def test_dead_code_and_questions_about_devices_are_no_difference():

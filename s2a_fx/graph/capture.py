@@ -37,7 +37,7 @@ from s2a_fx.graph.fx_capture import THROUGH, Captured, capture_by_fx, first_line
 from s2a_fx.graph.given_model import accept_model
 from s2a_fx.graph.inputs import Signature, Structure
 from s2a_fx.graph.metadata import signature_of, start_record
-from s2a_fx.graph.model_attributes import Skeleton, free_names, match_state
+from s2a_fx.graph.model_attributes import Skeleton, free_names, match_state, switch_mode
 from s2a_fx.graph.modes import align_modes
 from s2a_fx.graph.optional import FlatCapture, absent_results, dependents_of, make_optional
 from s2a_fx.graph.regions import ModeRegion
@@ -222,7 +222,8 @@ def _check_fidelity(example: _Example, gm: fx.GraphModule, result: Result, wante
     for training in checked:
         inputs = [fake_tensor(t, mode) for t in example.inputs]
         interpreter = _Recording if training == present else fx.Interpreter
-        run = _graph_run(interpreter(fakes.train(training), graph=gm.graph), inputs, result.train if training else result.eval)
+        switch_mode(fakes, example.skeleton, training)
+        run = _graph_run(interpreter(fakes, graph=gm.graph), inputs, result.train if training else result.eval)
         with mode:
             differs = fidelity.difference(wanted[training], fidelity.behaviour_of(fakes, inputs, run))
         if differs is not None:

@@ -4,6 +4,7 @@
 2. Properties of the model's class, `device` or `base_model`, and `get_classifier`, which are asked of the graph's own modules.
 3. What timm's optimizers and schedules ask of a model (`ASKED`). Other methods would run the model around the graph.
 4. The names of the state dict, where a child of the model is called as an attribute of `fx.GraphModule` is: `meta`, `graph`.
+5. What `train` and `eval` switch, where classes of the model override them: to leave batch norms in eval mode, say.
 """
 
 import copy
@@ -119,6 +120,18 @@ def _read(kind: type[nn.Module], name: str, gm: nn.Module) -> Any:
     own = torch_internals.graph_module_names()
     vars(model).update((attribute, value) for attribute, value in vars(gm).items() if attribute not in own)
     return getattr(model, name)
+
+
+def switch_mode(module: nn.Module, skeleton: Skeleton, training: bool) -> None:
+    """Switch `module`, a graph or its modules, to train or eval mode as the model does (5)."""
+    nn.Module.train(module, training)
+    model = skeleton.model
+    if model is None or all(type(inner).train is nn.Module.train for inner in model.modules()):
+        return
+    own = dict(module.named_modules(remove_duplicate=False))
+    for path, inner in model.train(training).named_modules(remove_duplicate=False):
+        if path in own:
+            own[path].training = inner.training
 
 
 def match_state(gm: fx.GraphModule, model: nn.Module, renamed: Mapping[str, str]) -> None:

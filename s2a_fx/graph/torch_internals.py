@@ -166,8 +166,12 @@ def make_fake(
 
 
 def shadow_of(fake: torch.Tensor) -> torch.Tensor:
-    """A fake tensor in the same storage as another, outside of autograd: `fake.detach()` without a dispatch that modes see."""
-    assert isinstance(fake, FakeTensor)
+    """A fake tensor in the same storage as another, outside of autograd: `fake.detach()` without a dispatch that modes see.
+
+    A tensor that is not fake is a constant, and returned as it is.
+    """
+    if not isinstance(fake, FakeTensor):
+        return fake
     with in_kernel_invocation_manager(fake.fake_mode):
         meta = fake.detach()
     return FakeTensor(fake.fake_mode, meta, fake.fake_device)

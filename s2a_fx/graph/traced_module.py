@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from s2a_fx.graph import torch_internals
 from s2a_fx.graph.metadata import answer_as_model, find_record
-from s2a_fx.graph.model_attributes import can_pickle
+from s2a_fx.graph.model_attributes import can_pickle, switch_mode
 from s2a_fx.graph.references import Reference
 from s2a_fx.graph.regions import SCOPES
 
@@ -31,6 +31,13 @@ class TracedModule(fx.GraphModule):
         code = super().recompile()
         torch_internals.free_source_with(type(self).forward)
         return code
+
+    def train(self, mode: bool = True) -> "TracedModule":
+        record = find_record(self)
+        if record is None or record.skeleton is None:
+            return super().train(mode)
+        switch_mode(self, record.skeleton, mode)
+        return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TracedModule":
         made = type(self).__new__(type(self))

@@ -1,6 +1,8 @@
-"""One graph for both modes: a checkpoint of one mode stays one checkpoint, whatever differs inside it."""
+"""One graph for both modes, which switches as the model does; a checkpoint of one mode stays one checkpoint."""
 
+import copy
 import functools
+import pickle
 
 import pytest
 import torch
@@ -8,6 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import s2a_fx
+from s2a_fx.analysis.measure import measure_saved_bytes
 from s2a_fx.graph.capture import trace
 from s2a_fx.graph.regions import Checkpoint
 
@@ -58,3 +62,69 @@ def test_a_checkpoint_around_what_differs_stays_one(function, modes):
     for training in (True, False):
         expected, found = map(functools.partial(step, x=x), (model.train(training), gm.train(training)))
         assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+class FrozenNorms(nn.Module):
+    """Leaves its norms in eval mode, as fine-tuning with small batches does."""
+
+    def __init__(self, **frozen):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.5), nn.Conv2d(8, 8, 3))
+        self.norm, self.head = nn.BatchNorm2d(8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        x = nn.functional.dropout(self.norm(self.layers(x)), 0.3, self.norm.training)
+        return self.head(x.mean((2, 3)))
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.layers[1].eval()
+        self.norm.eval()
+        return self
+
+
+class Backbone(nn.Module):
+    """A part of the model that never trains."""
+
+    def __init__(self):
+        super().__init__()
+        self.frozen, self.head = FrozenNorms().requires_grad_(False), nn.Linear(2, 2)
+
+    def forward(self, x):
+        return self.head(self.frozen(x))
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.frozen.eval()
+        return self
+
+
+class AlwaysDropping(nn.Module):
+    """Draws in eval mode, too, as Monte Carlo dropout does."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.drop, self.head = nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.head(self.drop(self.layer(x)))
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.drop.train()
+        return self
+
+
+@pytest.mark.parametrize("recipe", ["full", "bias", "bias+compress"])
+@pytest.mark.parametrize("kind", [FrozenNorms, Backbone, AlwaysDropping])
+def test_modes_switch_as_the_model_s_own_train_does(kind, recipe):
+    model, x = kind(), torch.randn(4, 4) if kind is AlwaysDropping else torch.randn(2, 3, 8, 8)
+    gm = s2a_fx.transform(model, x, recipe)
+    for graph in (gm, copy.deepcopy(gm), pickle.loads(pickle.dumps(gm))):
+        for training in (True, False, True):
+            torch.manual_seed(0)
+            expected = model.train(training)(x)
+            torch.manual_seed(0)
+            torch.testing.assert_close(graph.train(training)(x), expected)
+            assert all(torch.equal(b, graph.get_buffer(name)) for name, b in model.named_buffers())
+    assert s2a_fx.analyze(gm, x).saved_bytes == measure_saved_bytes(gm, (x,))

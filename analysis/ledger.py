@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from s2a_fx.analysis.device import DeviceModel
+from s2a_fx.graph import torch_internals
 from s2a_fx.ops import lines_of
 
 NODE = "s2a_fx.node"
@@ -142,6 +143,8 @@ class Ledger(TorchDispatchMode):
         self.closed = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func is torch_internals.ASKS_DEVICE:
+            return args[0].device
         self.place = Place(self.place.phase, self._node(), _short_name(func))
         lines = lines_of(func)
         if lines is not None:  # run the op's own lines, so that their temporaries are seen

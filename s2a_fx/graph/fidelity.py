@@ -127,10 +127,7 @@ class _Operator(NamedTuple):
 
 
 @functools.cache
-def _operator_of(func: Any) -> _Operator | None:
-    """The operator of a call; None for one that asks for the device of a tensor, and computes nothing."""
-    if func.namespace == "prim":
-        return None
+def _operator_of(func: Any) -> _Operator:
     name = _ASSIGNED.get(func._schema.name, func._schema.name)
     return _Operator(name, torch.Tag.nondeterministic_seeded in func.tags, func._schema.is_mutable)
 
@@ -148,7 +145,8 @@ class _Recorder(TorchDispatchMode):
         self.tokens: weakref.WeakSet[_Token] = weakref.WeakSet()
 
     def pack(self, tensor: torch.Tensor) -> _Token:
-        token = _Token(torch_internals.shadow_of(tensor))  # a node's own output would keep its node, and the node the token
+        # a node's own output would keep its node, and the node the token
+        token = _Token(torch_internals.shadow_of(tensor) if tensor.requires_grad else tensor)
         self.tokens.add(token)
         return token
 
@@ -176,10 +174,10 @@ class _Recorder(TorchDispatchMode):
         return tuple(sorted(size for key, size in found.items() if key in self.dependent - self.own))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func is torch_internals.ASKS_DEVICE:
+            return args[0].device
         result = func(*args, **kwargs) if kwargs else func(*args)
         operator = _operator_of(func)
-        if operator is None:
-            return result
         acts = operator.draws or operator.writes
         number = len(self.calls)
         reads = _tensors_in((*args, *kwargs.values()) if kwargs else args)

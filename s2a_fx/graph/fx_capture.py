@@ -15,6 +15,7 @@ other threads call passes straight through.
 """
 
 import contextlib
+import dis
 import functools
 import math
 import operator
@@ -24,7 +25,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType, FunctionType
+from types import CodeType, FrameType, FunctionType
 from typing import Any
 
 import torch
@@ -98,6 +99,7 @@ class ModelTracer(BufferTracer):
         self.idents = iter(range(sys.maxsize))
         self.no_grad: tuple[tuple[Scope, ...], Scope] | None = None  # the scope of the last node, and what is around it
         self.outermost: FrameType | None = None
+        self.unpacked: dict[CodeType, dict[int, int]] = {}
 
     def capture(self, model: nn.Module, signature: Signature) -> tuple[fx.Graph, Any]:
         """The graph of the model's forward, and the structure of its result."""
@@ -123,6 +125,13 @@ class ModelTracer(BufferTracer):
             self.outermost = None
             self.checkpoints.clear()
         return self.graph, spec
+
+    def count_unpacked(self, code: CodeType, offset: int) -> int | None:
+        """Into how many names an instruction unpacks a value; None for another instruction. torch.fx reads the code each time."""
+        if code not in self.unpacked:
+            found = (i for i in dis.get_instructions(code) if i.opname == "UNPACK_SEQUENCE")
+            self.unpacked[code] = {i.offset: i.argval for i in found}
+        return self.unpacked[code].get(offset)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return module_qualified_name in self.leaf_paths or is_leaf(m)
@@ -318,6 +327,13 @@ class _NumberType(type):
 
 class _Proxy(fx.Proxy):
     """A proxy whose augmented assignments are writes (4): without these methods Python would take `x = x + y` for `x += y`."""
+
+    tracer: "ModelTracer"
+
+    def __iter__(self) -> Iterator[fx.Proxy]:
+        frame = sys._getframe(1)
+        count = self.tracer.count_unpacked(frame.f_code, frame.f_lasti)
+        return self.tracer.iter(self) if count is None else (self[index] for index in range(count))  # type: ignore[index]
 
     def _assign(self, function: Any, other: Any) -> fx.Proxy:
         return self.tracer.create_proxy("call_function", function, (self, other), {})

@@ -177,6 +177,9 @@ def shadow_of(fake: torch.Tensor) -> torch.Tensor:
     return FakeTensor(fake.fake_mode, meta, fake.fake_device)
 
 
+ASKS_DEVICE = torch.ops.prim.device.default
+"""What autograd asks of each result, in two of three calls that a mode sees; `tensor.device` answers at once."""
+
 READS_VALUE = (DataDependentOutputException, DynamicOutputShapeException)
 """Raised where a fake tensor is asked for its value, or for a shape that depends on it."""
 

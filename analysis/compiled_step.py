@@ -16,6 +16,7 @@ from s2a_fx.analysis.loss import default_loss, describe_loss
 from s2a_fx.analysis.partition import Partition, partition
 from s2a_fx.analysis.saved import operator_name
 from s2a_fx.analysis.simulation import Stepping, run_backward
+from s2a_fx.graph import torch_internals
 from s2a_fx.graph.fake import fake_mode
 
 ASSUMPTIONS = (
@@ -141,8 +142,8 @@ def _tangents(backward: fx.GraphModule, kept: int, leaves: list[torch.Tensor]) -
 
 def _hand_out(plan: Partition, gradients: list[Any]) -> None:
     """Give each parameter its gradient."""
-    owners = {p.untyped_storage()._cdata: p for p in plan.model.parameters() if p.requires_grad}
+    owners = {torch_internals.storage_key(p): p for p in plan.model.parameters() if p.requires_grad}
     for argument, gradient in zip(plan.arguments, gradients, strict=False):
-        owner = owners.get(argument.untyped_storage()._cdata) if isinstance(argument, torch.Tensor) else None
+        owner = owners.get(torch_internals.storage_key(argument)) if isinstance(argument, torch.Tensor) else None
         if owner is not None and isinstance(gradient, torch.Tensor):
             owner.grad = gradient

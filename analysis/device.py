@@ -16,8 +16,7 @@ from torch.overrides import TorchFunctionMode
 from s2a_fx.analysis.cpu_scratch import cpu_scratch
 from s2a_fx.analysis.cuda_scratch import cuda_scratch
 from s2a_fx.errors import InputError
-
-aten = torch.ops.aten
+from s2a_fx.graph import torch_internals
 
 
 def _no_scratch(func: Any, args: tuple[Any, ...], result: Any) -> int:
@@ -69,7 +68,7 @@ class _CudaKernels(TorchFunctionMode):
 
 def _cuda_results(func: Any, result: Any) -> Any:
     """Layer norm keeps mean and 1 / sigma in float32, whatever it normalizes; on the CPU in the dtype of its input."""
-    if func is aten.native_layer_norm.default:
+    if func is torch.ops.aten.native_layer_norm.default:
         y, *statistics = result
         return y, *(t if t.dtype == torch.promote_types(t.dtype, torch.float32) else t.float() for t in statistics)
     return result
@@ -98,13 +97,11 @@ def _cuda_attention(
     head = query.shape[-1]
     same_heads = query.ndim == 4 and query.shape[1] == key.shape[1]
     if half and attn_mask is None and same_heads and head % 8 == 0 and head <= 256:
-        return aten._scaled_dot_product_flash_attention(query, key, value, **options)[0]
+        return torch_internals.ATTENTION_FLASH(query, key, value, **options)[0]
     if same_heads and head % (8 if half else 4) == 0:
         bias = None if attn_mask is None else _additive(attn_mask, query, key)
-        return aten._scaled_dot_product_efficient_attention(
-            query, key, value, bias, _needs_grad(query, key, value, bias), **options
-        )[0]
-    return aten._scaled_dot_product_attention_math(query, key, value, attn_mask, enable_gqa=enable_gqa, **options)[0]
+        return torch_internals.ATTENTION_EFFICIENT(query, key, value, bias, _needs_grad(query, key, value, bias), **options)[0]
+    return torch_internals.ATTENTION_MATH(query, key, value, attn_mask, enable_gqa=enable_gqa, **options)[0]
 
 
 def _needs_grad(*tensors: torch.Tensor | None) -> bool:

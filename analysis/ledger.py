@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from s2a_fx.analysis.device import DeviceModel
 from s2a_fx.graph import torch_internals
+from s2a_fx.graph.torch_internals import TorchDispatchMode, tree_leaves
 from s2a_fx.ops import lines_of
 
 NODE = "s2a_fx.node"
@@ -71,7 +70,7 @@ class StepRecord:
 
 @functools.cache
 def _short_name(operator: Any) -> str:
-    return str(operator._schema.name).rpartition("::")[2]
+    return torch_internals.full_name(operator).rpartition("::")[2]
 
 
 def tensors_in(value: Any) -> list[torch.Tensor]:
@@ -121,7 +120,7 @@ class Ledger(TorchDispatchMode):
 
     def index_of(self, tensor: torch.Tensor, kind: str = "temporary") -> int:
         storage = tensor.untyped_storage()
-        pointer = storage._cdata
+        pointer = torch_internals.key_of_storage(storage)
         if pointer not in self.live:
             index = self._open(storage.nbytes(), kind)
             self.live[pointer] = index
@@ -163,7 +162,7 @@ class Ledger(TorchDispatchMode):
         """In the backward, the graph node whose gradient is being computed."""
         if self.place.phase != "backward":
             return self.place.node
-        running: Any = torch._C._current_autograd_node()
+        running: Any = torch_internals.current_autograd_node()
         if running is None:
             return self.place.node
         return str(running.metadata.get(NODE, self.place.node))

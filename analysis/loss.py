@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.utils._pytree import tree_leaves
 
 from s2a_fx.errors import InputError
+from s2a_fx.graph.torch_internals import tree_leaves
 
 
 def default_loss(output: Any) -> torch.Tensor:

@@ -6,11 +6,11 @@ from weakref import WeakSet
 
 import torch
 from torch import nn
-from torch._C._profiler import _EventType
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 
 from s2a_fx.analysis.loss import default_loss
+from s2a_fx.graph import torch_internals
 
 
 class _Kept:
@@ -86,6 +86,6 @@ def _allocations(events: Sequence[Any]) -> list[tuple[int, int]]:
     while stack:
         event = stack.pop()
         stack += event.children
-        if event.tag == _EventType.Allocation:
+        if event.tag == torch_internals.ALLOCATION:
             found.append((event.start_time_ns, event.extra_fields.alloc_size))
     return found

@@ -246,8 +246,8 @@ def _is_view(gm: fx.GraphModule, node: fx.Node) -> bool:
 
 def runs_once(module: nn.Module) -> bool:
     """Whether a module must not run a second time on codes: it counts its batches, or draws where x < 0."""
-    counts = isinstance(module, nn.modules.batchnorm._NormBase) and (
-        module.track_running_stats or isinstance(module, nn.modules.batchnorm._BatchNorm)
+    counts = isinstance(module, torch_internals.RunningNorm) and (
+        module.track_running_stats or isinstance(module, torch_internals.BatchNorm)
     )
     return counts or isinstance(module, nn.RReLU) or torch_internals.changes_with_each_run(module)
 

@@ -19,13 +19,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
 
 from s2a_fx.graph.calls import call_of
 from s2a_fx.graph.flow import trained_nodes
 from s2a_fx.graph.provenance import module_stack
 from s2a_fx.graph.structure import residual_blocks
+from s2a_fx.graph.torch_internals import BatchNorm, Convolution
 from s2a_fx.nn.checkpointed import Checkpointed
 from s2a_fx.nn.coded import CodedActivation, CodedLayerNorm, MaskedActivation
 from s2a_fx.nn.coded_attention import CodedAttention
@@ -42,7 +41,7 @@ from s2a_fx.nn.quantized import (
 )
 from s2a_fx.nn.recomputed_branch import RecomputedBranch
 
-_PARAMETRIC_MODULES = (nn.Linear, _ConvNd, nn.LayerNorm, nn.GroupNorm, _BatchNorm)
+_PARAMETRIC_MODULES = (nn.Linear, Convolution, nn.LayerNorm, nn.GroupNorm, BatchNorm)
 _PARAMETRIC_FUNCTIONS = (F.linear, F.conv2d, F.layer_norm, F.group_norm, F.batch_norm)
 
 
@@ -85,7 +84,7 @@ def _is_coded_input(gm: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _normalizes_side_branch(gm: fx.GraphModule, node: fx.Node) -> bool:
-    return _in_side_branch(node) and not isinstance(gm.get_submodule(str(node.target)), _ConvNd)
+    return _in_side_branch(node) and not isinstance(gm.get_submodule(str(node.target)), Convolution)
 
 
 def _kept_bits(gm: fx.GraphModule, node: fx.Node) -> int:

@@ -10,16 +10,13 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._functorch import config as aot_config
-from torch._functorch.aot_autograd import make_boxed_func
-from torch._inductor.compile_fx import compile_fx
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from s2a_fx.analysis.simulation import run_backward
 from s2a_fx.errors import InputError
+from s2a_fx.graph import torch_internals
 from s2a_fx.graph.fake import fake_copy, fake_tensor, traced_inputs
 from s2a_fx.graph.provenance import module_path, plain_path
+from s2a_fx.graph.torch_internals import FakeTensorMode, tree_flatten, tree_unflatten
 
 
 @dataclass(frozen=True)
@@ -59,10 +56,10 @@ def partition(
     model = fake_copy(gm, memo)
     inputs = tuple(fake_tensor(t, mode, batch_size) for t in traced_inputs(gm))
     recorder = _Recorder()
-    with mode, aot_config.patch(enable_autograd_cache=False):  # type: ignore[attr-defined]
+    with mode, torch_internals.without_autograd_cache():
         try:
             output = torch.compile(model, backend=recorder, fullgraph=True)(*inputs)
-        except torch._dynamo.exc.TorchDynamoException as error:
+        except torch_internals.dynamo_exception() as error:
             reason = str(error).strip().splitlines()[0]
             raise InputError(f"torch.compile does not take this model as one graph: {reason}; use mode='eager'.") from error
         _check_outputs(output, recorder)
@@ -94,15 +91,14 @@ class _Recorder:
     saved: slice
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Any) -> Any:
-        return compile_fx(gm, example_inputs, inner_compile=self._record)
+        return torch_internals.compile_by_inductor(gm, example_inputs, self._record)
 
     def _record(self, graph: fx.GraphModule, example_inputs: Any, **options: Any) -> Any:
         if options.get("is_backward"):
             self.backward = graph
-            return make_boxed_func(graph.forward)
+            return torch_internals.boxed(graph.forward)
         self.forward = graph
-        metadata = torch._guards.TracingContext.get().fw_metadata
-        assert metadata is not None
+        metadata = torch_internals.forward_metadata()
         first = metadata.num_mutated_inp_runtime_indices
         self.results = slice(first, first + metadata.num_outputs)
         self.saved = slice(0, 0) if options.get("is_inference") else metadata.tensors_saved_for_backwards_slice
@@ -111,14 +107,14 @@ class _Recorder:
             self.arguments = arguments
             return graph.forward(*arguments)
 
-        return make_boxed_func(run)
+        return torch_internals.boxed(run)
 
 
 def _check_outputs(output: Any, recorder: _Recorder) -> None:
     leaves = tree_flatten(output)[0]
     distinct = len({id(leaf) for leaf in leaves}) == recorder.results.stop - recorder.results.start == len(leaves)
     alike = len({isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in leaves}) == 1
-    views = any(isinstance(leaf, torch.Tensor) and leaf._base is not None for leaf in leaves)
+    views = any(isinstance(leaf, torch.Tensor) and torch_internals.is_view(leaf) for leaf in leaves)
     if not distinct or not alike or views:
         raise InputError(
             f"mode='compile' tells of models that return tensors, each once, none a view of another, all or none with a gradient; "

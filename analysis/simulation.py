@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.autograd.graph import _engine_run_backward
 
 from s2a_fx.analysis.device import CPU, DeviceModel
 from s2a_fx.analysis.ledger import NODE, Ledger, SaveRecord, StepRecord, in_steady_state, tensors_in
 from s2a_fx.analysis.loss import default_loss, describe_loss
 from s2a_fx.analysis.optimizer import make_optimizer, stand_ins
 from s2a_fx.errors import InputError
+from s2a_fx.graph import torch_internals
 from s2a_fx.graph.caches import without_caches
 from s2a_fx.graph.fake import fake_mode, fake_modules, fake_tensor, traced_inputs
 from s2a_fx.graph.regions import Checkpoint
@@ -120,7 +120,7 @@ def run_backward(value: torch.Tensor) -> None:
     """`value.backward()`, but a mode for functions stays on: torch's own call suspends it, and with it what is computed again."""
     if value.numel() != 1:
         raise InputError(f"loss: got a tensor of shape {tuple(value.shape)}, wanted a single number; take its mean.")
-    _engine_run_backward((value,), (torch.ones_like(value),), False, False, (), allow_unreachable=True, accumulate_grad=True)
+    torch_internals.run_backward(value)
 
 
 @dataclass(eq=False)

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.passes.infra.pass_base import PassResult
 
 from s2a_fx.errors import InputError, PassError
@@ -22,6 +21,7 @@ from s2a_fx.graph.caches import without_caches
 from s2a_fx.graph.flow import eliminate_dead_code
 from s2a_fx.graph.scopes import close_scopes, open_scopes
 from s2a_fx.graph.shapes import propagate
+from s2a_fx.graph.torch_internals import FakeTensor
 
 
 @dataclass(frozen=True)

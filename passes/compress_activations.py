@@ -26,7 +26,7 @@ from s2a_fx.analysis.saved import SavedTensor, is_activation, saved_tensors
 from s2a_fx.codecs.rows import Rows
 from s2a_fx.errors import InputError
 from s2a_fx.graph.metadata import record_of
-from s2a_fx.nn.ghost import has_hooks
+from s2a_fx.graph.torch_internals import has_hooks
 from s2a_fx.passes.base import Pass
 from s2a_fx.passes.forms import activations, attention, convolutions, inputs, mlps, norms
 

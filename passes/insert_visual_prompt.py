@@ -10,7 +10,6 @@ prompts before the block's first norm; here they come after it, as they are.
 Leaves alone, with a note: blocks that change the size of a map, attention over maps that is not windowed, and layouts unknown.
 """
 
-import logging
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -75,8 +74,6 @@ class InsertVisualPrompt(Pass):
             del node.meta["val"]
         for node, padding in wider.items():
             node.meta["val"] = F.pad(before[node], padding)
-        log = logging.getLogger("torch._subclasses.fake_tensor")  # it prints a traceback of its own
-        silent, log.disabled = log.disabled, True
         try:
             propagate(gm)
         except Exception as error:
@@ -86,7 +83,6 @@ class InsertVisualPrompt(Pass):
                 "take another recipe, such as bias+lrp."
             ) from error
         finally:
-            log.disabled = silent
             for node, value in before.items():
                 node.meta["val"] = value
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dynamo import lookup_backend
 
 from s2a_fx.errors import InputError
+from s2a_fx.graph import torch_internals
 from s2a_fx.graph.dynamo_modules import State, Unraisable, raised
 from s2a_fx.nn.recompute import Recomputed
 from s2a_fx.passes import CompressActivations
@@ -50,7 +50,7 @@ def s2a(graph_module: fx.GraphModule, example_inputs: Sequence[Any], **settings:
         gm, state = raised(graph_module, example_inputs)
     except Unraisable as reason:
         warnings.warn(f"backend s2a: {reason}; this graph is compiled as it is, and keeps what autograd keeps.", stacklevel=2)
-        return lookup_backend(inner)(graph_module, list(example_inputs))  # type: ignore[no-any-return]
+        return torch_internals.backend_named(inner)(graph_module, list(example_inputs))
     if torch.is_grad_enabled():
         for graph_pass in passes:
             gm = graph_pass(gm).graph_module

@@ -19,11 +19,12 @@ from timm.layers import DropPath
 from torch import fx, nn
 
 from s2a_fx.errors import InputError
+from s2a_fx.graph import torch_internals
 from s2a_fx.graph.call_code import CallCode
 from s2a_fx.graph.capture import share_weights
 from s2a_fx.graph.edit import free_path
 from s2a_fx.graph.flow import attribute, eliminate_dead_code, writes
-from s2a_fx.nn.ghost import has_hooks
+from s2a_fx.graph.torch_internals import has_hooks
 from s2a_fx.nn.recompute import Recomputed
 from s2a_fx.passes.merge_low_rank import merge_low_rank
 from s2a_fx.sharded import is_spread
@@ -74,7 +75,7 @@ def finalize(gm: fx.GraphModule) -> fx.GraphModule:
 def _written(gm: Any, name: str) -> fx.GraphModule:
     writer = _Writer(gm)
     inputs = [writer.create_proxy("placeholder", n.target, n.args, {}) for n in gm.graph.nodes if n.op == "placeholder"]
-    code, inference = gm.graph._codegen, _Inference(gm, writer)
+    code, inference = torch_internals.codegen_of(gm.graph), _Inference(gm, writer)
     if isinstance(code, CallCode):
         result = code.eval_result(inference.run(*inputs, enable_io_processing=False))
     else:

@@ -18,7 +18,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map
+
+from s2a_fx.graph import torch_internals
+from s2a_fx.graph.torch_internals import tree_map
 
 _enabled = os.environ.get("S2A_FX_COMPILE", "1") != "0"
 
@@ -64,14 +66,14 @@ def fused(lines: Callable[..., Any]) -> Callable[..., Any]:
         tensors = [a.detach() for a in args if isinstance(a, torch.Tensor)]
         for tensor in tensors:
             if tensor.ndim and tensor.shape[0] > 1:
-                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+                torch_internals.mark_dynamic(tensor, 0)
         # one kernel for all circumstances: Dynamo would make one for each mode of autograd and of autocast
-        with torch._C._AutoDispatchBelowADInplaceOrView(), torch._C._DisableAutocast():
+        with torch_internals.below_autograd_and_autocast():
             return kernel(*tensors)
 
     operator = torch.library.custom_op(name, run, mutates_args=(), schema=schema)
     operator.register_fake(_remembering_shapes(lines))
-    LINES[operator._opoverload] = lines
+    LINES[torch_internals.overload_of(operator)] = lines
     return operator
 
 

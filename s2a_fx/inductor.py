@@ -29,13 +29,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from s2a_fx.codecs.rows import Rows
 from s2a_fx.errors import InputError
+from s2a_fx.graph import torch_internals
 from s2a_fx.nn.coded_input import GROUP
 
-try:
-    from torch._inductor.custom_graph_pass import CustomPartitionerFn, get_hash_for_files
-except ImportError:  # an older torch; told when a partitioner is made
-    CustomPartitionerFn = object  # type: ignore[assignment, misc]
-    get_hash_for_files = None  # type: ignore[assignment]
+CustomPartitionerFn: Any
+CustomPartitionerFn, get_hash_for_files = torch_internals.partitioner_interface()
 
 Packed = tuple[Any, ...]
 
@@ -100,7 +98,7 @@ def saved_tensor_hooks(bits: int = 8, smallest: int = 1 << 16) -> torch.autograd
         InputError: an option does not fit, or this torch does not inline hooks.
     """
     codec = SavedCodec(bits, smallest)
-    _require(hasattr(getattr(torch._functorch._aot_autograd, "utils", None), "saved_tensors_hooks_are_inlineable"), "inlined hooks")
+    _require(torch_internals.inlines_saved_tensor_hooks(), "inlined hooks")
     return torch.autograd.graph.saved_tensors_hooks(*_graphs(codec))
 
 
@@ -132,9 +130,7 @@ class CodingPartitioner(CustomPartitionerFn):
         self.codec = SavedCodec(bits, smallest)
 
     def __call__(self, gm: fx.GraphModule, joint_inputs: Sequence[object], **options: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
-        from torch._functorch.partitioners import min_cut_rematerialization_partition
-
-        forward, backward = min_cut_rematerialization_partition(gm, joint_inputs, **options)
+        forward, backward = torch_internals.min_cut_partition(gm, joint_inputs, **options)
         results: Any = forward.graph.output_node().args[0]
         own, saved = results[: options["num_fwd_outputs"]], results[options["num_fwd_outputs"] :]
         readers = {node.name: node for node in backward.graph.find_nodes(op="placeholder")}

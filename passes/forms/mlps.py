@@ -14,8 +14,9 @@ from s2a_fx.analysis.activations import activation, dropout_probability
 from s2a_fx.codecs.packing import MULTIPLE
 from s2a_fx.graph.calls import call_of
 from s2a_fx.graph.edit import replace_node
+from s2a_fx.graph.torch_internals import has_hooks
 from s2a_fx.nn.coded_mlp import CodedMLP
-from s2a_fx.nn.ghost import can_be_ghost, has_hooks
+from s2a_fx.nn.ghost import can_be_ghost
 from s2a_fx.ops.activation import BINNED
 
 

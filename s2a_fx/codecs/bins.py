@@ -11,10 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
 
 from s2a_fx.codecs.packing import cut, pack, unpack
 from s2a_fx.fusion import fused
+from s2a_fx.graph.torch_internals import without_dispatch_modes
 
 PRIOR = (-0.5, 1.5)
 """Mean and deviation of the normal prior over pre-activations."""
@@ -60,7 +60,7 @@ def _slopes(codes: torch.Tensor, levels: list[float]) -> torch.Tensor:
 def best_bins(function: Callable[[torch.Tensor], torch.Tensor], bits: int, prior: tuple[float, float] = PRIOR) -> Bins:
     """The bins of least expected squared error of the derivative of `function`, x drawn from a normal `prior`."""
     mean, deviation = prior
-    with _disable_current_modes(), torch.no_grad():  # asked for from within fake tensors and kernels, too
+    with without_dispatch_modes(), torch.no_grad():  # asked for from within fake tensors and kernels, too
         x = torch.linspace(mean - _SPAN * deviation, mean + _SPAN * deviation, _GRID, dtype=torch.float64, device="cpu")
         slope = (function(x + _DELTA) - function(x - _DELTA)) / (2 * _DELTA)
         return _bins_of(x, slope, torch.exp(-0.5 * ((x - mean) / deviation) ** 2), 2**bits)

@@ -9,10 +9,10 @@ import torch
 from timm.data import resolve_data_config
 from timm.models import adapt_input_conv, load_state_dict
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from s2a_fx.errors import InputError
 from s2a_fx.finetune.options import FinetuneOptions
+from s2a_fx.graph.torch_internals import BatchNorm
 from s2a_fx.zoo import create_model
 
 
@@ -56,7 +56,7 @@ def data_config(model: nn.Module, options: FinetuneOptions) -> dict[str, Any]:
 
 def batch_norms(model: nn.Module) -> tuple[str, ...]:
     """The paths of a model's batch norms."""
-    return tuple(path for path, module in model.named_modules() if isinstance(module, _BatchNorm))
+    return tuple(path for path, module in model.named_modules() if isinstance(module, BatchNorm))
 
 
 def load_weights(model: nn.Module, file: Path) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch.fx.graph import CodeGen
 
+from s2a_fx.graph import torch_internals
 from s2a_fx.graph.inputs import Signature, Structure
 
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -59,7 +60,7 @@ class CallCode(CodeGen):
     def gen_fn_def(self, free_vars: list[str], maybe_return_annotation: str, *, expanded_def: bool = False) -> str:
         parameters = list(self.signature.parameters.parameters.values())
         declared = ", ".join(["self", *_declarations(parameters)])
-        lines = [f"def {self._func_name}({declared}){maybe_return_annotation}:"]
+        lines = [f"def {torch_internals.function_name(self)}({declared}){maybe_return_annotation}:"]
         if self.signature.takes_whole_arguments:
             lines += self._checks(parameters)
         else:

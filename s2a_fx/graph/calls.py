@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from timm.layers.drop import drop_path
 from torch import fx, nn
 
+from s2a_fx.graph import torch_internals
 from s2a_fx.graph.torch_internals import Parameter, Schema, aten_name, aten_schemas, schema_of
 from s2a_fx.graph.training_switch import TrainingSwitch
 
@@ -304,7 +305,7 @@ def canonical(function: Any) -> Function | type[nn.Module]:
 
 def written_operand(target: Function | str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
     """The name of the operand that a call of a function, or of a method by its name, writes to; None if it writes to none."""
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, torch_internals.Overload):
         schema = schema_of(target)
         return next((_name_of(p, schema) for p in schema.parameters if p.is_written), None)
     if kwargs.get("out") is not None:
@@ -355,12 +356,12 @@ def _spelling(target: Function | str) -> _Spelling | None:
     function = _function(name)
     if function is None:
         return None
-    return _Spelling(name, function, functools.partial(_bind_schemas, schemas, isinstance(target, torch._ops.OpOverload)))
+    return _Spelling(name, function, functools.partial(_bind_schemas, schemas, isinstance(target, torch_internals.Overload)))
 
 
 def _schemas(target: Function | str) -> tuple[Schema, ...]:
     """The overloads of ATen that a function, or a method by its name, may call; none for what is written in Python."""
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, torch_internals.Overload):
         return (schema_of(target),) if aten_name(target) else ()
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
     is_method = isinstance(target, str) or target is getattr(torch.Tensor, name, None)

@@ -20,9 +20,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from s2a_fx.errors import InputError, TraceError
 from s2a_fx.graph import fidelity, torch_internals
@@ -43,6 +41,7 @@ from s2a_fx.graph.optional import FlatCapture, absent_results, dependents_of, ma
 from s2a_fx.graph.regions import ModeRegion
 from s2a_fx.graph.scopes import close_scopes
 from s2a_fx.graph.shapes import propagate
+from s2a_fx.graph.torch_internals import FakeTensorMode, tree_leaves, tree_map_only
 from s2a_fx.graph.traced_module import TracedModule
 from s2a_fx.graph.training_switch import TrainingSwitch
 

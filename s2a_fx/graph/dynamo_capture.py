@@ -21,8 +21,6 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_leaves
 
 from s2a_fx.errors import TraceError
 from s2a_fx.graph import torch_internals
@@ -33,7 +31,7 @@ from s2a_fx.graph.fx_capture import Captured, is_leaf, is_same_constant
 from s2a_fx.graph.inputs import Signature, Structure
 from s2a_fx.graph.provenance import module_stack, plain_path
 from s2a_fx.graph.regions import SCOPES, Scope
-from s2a_fx.graph.torch_internals import DynamoGraph, Marker
+from s2a_fx.graph.torch_internals import DynamoGraph, FakeTensorMode, Marker, tree_leaves
 
 _LEAVES: contextvars.ContextVar[Sequence[nn.Module]] = contextvars.ContextVar("leaves")
 
@@ -206,7 +204,7 @@ class _Rebuilder:
         """The node that reads one of the model's tensors, or a constant."""
         path = self.paths.get(id(tensor)) or self._constant(tensor)
         if path not in self.reads:
-            with self.graph.inserting_after((self.inputs or [self.graph._root])[-1]):
+            with self.graph.inserting_after((self.inputs or [torch_internals.root_of(self.graph)])[-1]):
                 self.reads[path] = self.graph.get_attr(path)
         return self.reads[path]
 
@@ -337,7 +335,7 @@ class _Rebuilder:
             contexts[:] = [context for context in contexts if context[0] is not node.args[0]]
             return
         kind, options = entered
-        if node.target is not torch._C._set_grad_enabled:
+        if not torch_internals.sets_grad_mode(node):
             contexts.append((node, Scope(kind, next(self.idents), options)))
             return
         contexts[:] = [context for context in contexts if context[0] is not None]

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from s2a_fx.graph import torch_internals
 from s2a_fx.graph.edit import free_path, replace_node
 from s2a_fx.graph.flow import IN_PLACE, attribute
 from s2a_fx.graph.provenance import module_stack, plain_path
@@ -51,9 +52,8 @@ class State:
         for position, path in self.attributes:
             owner, _, name = path.rpartition(".")
             module = gm.get_submodule(owner)
-            tensors = module._parameters if name in module._parameters else module._buffers
-            if tensors[name] is not arguments[position]:
-                tensors[name] = arguments[position]
+            if getattr(module, name) is not arguments[position]:
+                torch_internals.put_tensor(module, name, arguments[position])
         return [_with_dynamic(arguments[position], dimensions) for position, dimensions in self.inputs]
 
 
@@ -104,7 +104,7 @@ def _with_dynamic(tensor: Any, dimensions: tuple[int, ...]) -> Any:
     if dimensions:
         tensor = tensor.view_as(tensor)
     for dimension in dimensions:
-        torch._dynamo.maybe_mark_dynamic(tensor, dimension)
+        torch_internals.mark_dynamic(tensor, dimension)
     return tensor
 
 
@@ -130,9 +130,9 @@ def _register(gm: fx.GraphModule, path: str, tensor: torch.Tensor) -> None:
     owner_path, _, name = path.rpartition(".")
     owner: nn.Module = gm
     for part in owner_path.split(".") if owner_path else ():
-        if part not in owner._modules:
+        if part not in dict(owner.named_children()):
             owner.add_module(part, nn.Module())
-        owner = owner._modules[part]  # type: ignore[assignment]
+        owner = owner.get_submodule(part)
     if isinstance(tensor, nn.Parameter):
         owner.register_parameter(name, tensor)
     else:
@@ -168,13 +168,13 @@ def _check_writes(graph: fx.Graph) -> None:
     for node in graph.nodes:
         value = node.meta.get("example_value")
         if isinstance(value, torch.Tensor):
-            seen_by.setdefault(value.untyped_storage()._cdata, set()).add(node)
+            seen_by.setdefault(torch_internals.storage_key(value), set()).add(node)
     writers = {node: written for node in graph.nodes if (written := _written(node)) is not None}
     for node, written in writers.items():
         value = written.meta["example_value"]
-        others = seen_by.get(value.untyped_storage()._cdata, set()) - {*writers, *writers.values()}
+        others = seen_by.get(torch_internals.storage_key(value), set()) - {*writers, *writers.values()}
         ours = written.op == "placeholder" and not _STATE.search(str(written.target))
-        if others or ours or value._base is not None or node.target is operator.setitem:
+        if others or ours or torch_internals.is_view(value) or node.target is operator.setitem:
             raise Unraisable(f"{node.name} writes in place to what is read under another name")
 
 
@@ -302,9 +302,9 @@ def _call_layer(gm: fx.GraphModule, node: fx.Node, x: fx.Node, home: str, layer:
         False, and nothing is changed, where a layer of other options, or a module with more than this layer has, stands there.
     """
     holder = gm.get_submodule(home)
-    if type(holder) is nn.Module and not holder._modules and _tensors(holder) == _tensors(layer):
-        layer._parameters.update(holder._parameters)
-        layer._buffers.update(holder._buffers)
+    if type(holder) is nn.Module and next(holder.children(), None) is None and _tensors(holder) == _tensors(layer):
+        for name, tensor in [*holder.named_parameters(recurse=False), *holder.named_buffers(recurse=False)]:
+            torch_internals.put_tensor(layer, name, tensor)
         gm.set_submodule(home, layer)
     elif type(holder) is nn.Module or repr(holder) != repr(layer) or holder.training != layer.training:
         return False
@@ -314,13 +314,13 @@ def _call_layer(gm: fx.GraphModule, node: fx.Node, x: fx.Node, home: str, layer:
     call.meta = dict(node.meta)
     node.replace_all_uses_with(call)
     gm.graph.erase_node(node)
-    for tensor in read:
-        gm.graph.erase_node(tensor)
+    for operand in read:
+        gm.graph.erase_node(operand)
     return True
 
 
 def _tensors(module: nn.Module) -> set[str]:
     """The names of a module's own tensors, but for a batch norm's counter, which Dynamo leaves out where nothing counts."""
-    return {name for name, value in {**module._parameters, **module._buffers}.items() if value is not None} - {
+    return {name for name, _ in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]} - {
         "num_batches_tracked"
     }

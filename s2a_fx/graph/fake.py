@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from s2a_fx.graph import torch_internals
 from s2a_fx.graph.regions import modules_within
+from s2a_fx.graph.torch_internals import FakeTensorMode
 
 
 def fake_mode() -> FakeTensorMode:

@@ -21,10 +21,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from s2a_fx.graph import torch_internals
-from s2a_fx.graph.torch_internals import storage_key
+from s2a_fx.graph.torch_internals import TorchDispatchMode, storage_key
 
 _ASSIGNED = {f"aten::{name}_": f"aten::{name}" for name in ("add", "sub", "mul", "div")}
 
@@ -128,8 +127,9 @@ class _Operator(NamedTuple):
 
 @functools.cache
 def _operator_of(func: Any) -> _Operator:
-    name = _ASSIGNED.get(func._schema.name, func._schema.name)
-    return _Operator(name, torch.Tag.nondeterministic_seeded in func.tags, func._schema.is_mutable)
+    name = torch_internals.full_name(func)
+    draws = torch.Tag.nondeterministic_seeded in func.tags
+    return _Operator(_ASSIGNED.get(name, name), draws, torch_internals.is_mutable(func))
 
 
 class _Recorder(TorchDispatchMode):

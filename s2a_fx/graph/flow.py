@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from s2a_fx.graph import torch_internals
 from s2a_fx.graph.regions import Region
 
 IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
@@ -15,8 +16,8 @@ IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
 
 def writes(target: Any, kwargs: Mapping[str, Any]) -> bool:
     """Whether a call of a function, or of a method by its name, writes to one of its operands."""
-    if isinstance(target, torch._ops.OpOverload):
-        return target._schema.is_mutable
+    if isinstance(target, torch_internals.Overload):
+        return torch_internals.is_mutable(target)
     name = str(getattr(target, "__name__", target))
     return target in IN_PLACE or bool(kwargs.get("inplace")) or "out" in kwargs or (name.endswith("_") and not name.endswith("__"))
 

@@ -32,16 +32,23 @@ import torch
 import torch.nn.functional as F
 from timm.layers import get_notrace_functions, get_notrace_modules
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_any, tree_flatten, tree_unflatten
 
 from s2a_fx.errors import TraceError
 from s2a_fx.graph import hooks
 from s2a_fx.graph.inputs import Signature, Structure
 from s2a_fx.graph.regions import SCOPES, Scope
-from s2a_fx.graph.torch_internals import CHECKPOINT_CODE, autocast_options, checkpoint_options, without_autocast
+from s2a_fx.graph.torch_internals import (
+    CHECKPOINT_CODE,
+    FakeTensor,
+    TorchDispatchMode,
+    autocast_options,
+    checkpoint_options,
+    tree_any,
+    tree_flatten,
+    tree_unflatten,
+    without_autocast,
+)
 
 _LOCK = threading.RLock()
 THROUGH = (

@@ -4,10 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
-from torch.utils._pytree import tree_flatten
 
 from s2a_fx.errors import InputError
 from s2a_fx.graph import torch_internals
+from s2a_fx.graph.torch_internals import tree_flatten
 
 
 class _Hook(nn.Module):

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import SequenceKey, TreeSpec, tree_flatten, tree_flatten_with_path, tree_leaves, tree_unflatten
 
 from s2a_fx.errors import InputError
+from s2a_fx.graph.torch_internals import SequenceKey, TreeSpec, tree_flatten, tree_flatten_with_path, tree_leaves, tree_unflatten
 
 
 class Inputs:

@@ -8,12 +8,12 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
+
+from s2a_fx.graph.torch_internals import BatchNorm, Convolution
 
 Order = Literal["BHWC", "BCHW"]
 
-_SECOND_MODULES = (_ConvNd, _BatchNorm, nn.GroupNorm, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
+_SECOND_MODULES = (Convolution, BatchNorm, nn.GroupNorm, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
 _LAST_MODULES = (nn.Linear, nn.LayerNorm)
 _SECOND_FUNCTIONS = (F.conv2d, F.batch_norm, F.group_norm, F.avg_pool2d, F.max_pool2d, F.adaptive_avg_pool2d, F.interpolate)
 _LAST_FUNCTIONS = (F.linear, F.layer_norm)

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils._pytree import tree_leaves
 
 from s2a_fx.graph import torch_internals
+from s2a_fx.graph.torch_internals import tree_leaves
 
 ASKED = ("no_weight_decay", "no_weight_decay_keywords", "group_matcher")
 """Methods that tell which parameters decay, and which belong to one layer."""

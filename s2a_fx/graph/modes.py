@@ -16,13 +16,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import fx, nn
-from torch.utils._pytree import tree_flatten
 
+from s2a_fx.graph import torch_internals
 from s2a_fx.graph.edit import add_module, free_path
 from s2a_fx.graph.flow import has_effects
 from s2a_fx.graph.provenance import owner_path, owner_stack
 from s2a_fx.graph.regions import SCOPES, ModeRegion, Scope, scopes_of
 from s2a_fx.graph.scopes import close_scopes, common_scopes
+from s2a_fx.graph.torch_internals import tree_flatten
 from s2a_fx.graph.traced_module import TracedModule
 from s2a_fx.graph.training_switch import Difference, TrainingSwitch
 
@@ -86,7 +87,7 @@ class _Alignment:
         self.pieces = list(_pieces(train, evaluation))
         self.scopes = _scopes_of_both(self.pieces)
         _plan_values(self.pieces, _result_pairs(*self.outputs))
-        self.graph = fx.Graph(tracer_cls=train._tracer_cls)
+        self.graph = fx.Graph(tracer_cls=torch_internals.tracer_of(train))
         self.values: tuple[dict[fx.Node, fx.Node], dict[fx.Node, fx.Node]] = ({}, {})  # of train and eval mode
         self.reads: dict[str, fx.Node] = {}
         self.joined: dict[tuple[int, int], fx.Node] = {}

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from s2a_fx.graph import torch_internals
+
 
 @dataclass(frozen=True)
 class Reference:
@@ -18,7 +20,7 @@ class Reference:
     @staticmethod
     def to(value: Any) -> Any:
         """`value` in a form that pickles."""
-        if isinstance(value, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+        if isinstance(value, torch_internals.Overload | torch_internals.OverloadPacket):
             return Reference("torch.ops", str(value))
         if inspect.isclass(value):
             return Reference(value.__module__, value.__qualname__)

@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
 from s2a_fx.graph.fake import fake_copy, fake_mode, fake_tensor, reads_itself, traced_inputs
 from s2a_fx.graph.regions import Region
+from s2a_fx.graph.torch_internals import FakeTensorMode
 
 
 def propagate(gm: fx.GraphModule, inputs: Sequence[torch.Tensor] | None = None) -> None:

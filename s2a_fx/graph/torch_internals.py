@@ -19,24 +19,30 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import CodeType
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.utils.checkpoint
 from torch import fx, nn
 from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensor,
-    FakeTensorMode,
-    in_kernel_invocation_manager,
-)
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, in_kernel_invocation_manager
+from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
+from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
+from torch.autograd.graph import _engine_run_backward
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import SequenceKey as SequenceKey
+from torch.utils._pytree import TreeSpec as TreeSpec
+from torch.utils._pytree import tree_any as tree_any
+from torch.utils._pytree import tree_flatten as tree_flatten
+from torch.utils._pytree import tree_flatten_with_path as tree_flatten_with_path
+from torch.utils._pytree import tree_leaves as tree_leaves
+from torch.utils._pytree import tree_map as tree_map
+from torch.utils._pytree import tree_map_only as tree_map_only
+from torch.utils._pytree import tree_unflatten as tree_unflatten
 
 # Capture: what the model does around its calls.
 
@@ -192,6 +198,16 @@ def storage_key(tensor: torch.Tensor) -> int:
 def key_of_storage(storage: torch.UntypedStorage) -> int:
     """`storage_key` of the tensors in a storage."""
     return storage._cdata
+
+
+def is_view(tensor: torch.Tensor) -> bool:
+    """Whether autograd knows a tensor as a view of another."""
+    return tensor._base is not None
+
+
+def local_part(tensor: Any) -> torch.Tensor:
+    """This process's part of a DTensor, outside of autograd."""
+    return tensor._local_tensor  # type: ignore[no-any-return]
 
 
 def version_of(tensor: torch.Tensor) -> int:
@@ -385,6 +401,11 @@ def changes_context(node: fx.Node) -> bool:
     )
 
 
+def sets_grad_mode(node: fx.Node) -> bool:
+    """Whether a node switches gradients on or off until another one does."""
+    return node.target is torch._C._set_grad_enabled
+
+
 def entered_context(node: fx.Node) -> tuple[Literal["grad_mode", "autocast"], tuple[tuple[str, Any], ...]] | None:
     """The kind and options of the context that a node enters; None for one that leaves autocast or inference mode.
 
@@ -458,6 +479,27 @@ def is_same_symbol(size: torch.SymInt, other: torch.SymInt) -> bool:
 
 
 # Graph modules: their source code, and their state.
+
+
+def codegen_of(graph: fx.Graph) -> fx.graph.CodeGen:
+    """What makes the forward of a graph."""
+    return graph._codegen
+
+
+def function_name(code: fx.graph.CodeGen) -> str:
+    """The name of the function that is generated."""
+    return code._func_name
+
+
+def tracer_of(graph: fx.Graph) -> type[fx.Tracer] | None:
+    """The class of the tracer that made a graph."""
+    return graph._tracer_cls
+
+
+def root_of(graph: fx.Graph) -> fx.Node:
+    """What stands before the first node and after the last one."""
+    return graph._root
+
 
 GRAPH_MODULE_CODE = ("_graph", "_code", "_lineno_map", "_prologue_start")
 """Attributes of a graph module that are made from its graph."""
@@ -609,8 +651,15 @@ def _own_saved_tensor_hooks() -> Iterator[None]:
 
 # Parameters and buffers, where modules hold them.
 
-RunningNorm = nn.modules.batchnorm._NormBase
+
+BatchNorm: TypeAlias = nn.modules.batchnorm._BatchNorm
+"""Base of all batch norms."""
+
+RunningNorm: TypeAlias = nn.modules.batchnorm._NormBase
 """Base of the norms that may keep running statistics."""
+
+Convolution: TypeAlias = nn.modules.conv._ConvNd
+"""Base of all convolutions."""
 
 
 @dataclass(frozen=True)
@@ -628,6 +677,12 @@ class Slot:
     def put(self, tensor: torch.Tensor) -> None:
         """Let the place hold another tensor."""
         self.holder[self.name] = tensor
+
+
+def put_tensor(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Put a tensor of any class in the place of a parameter or buffer, as `torch.func.functional_call` does."""
+    holder = module._parameters if name in module._parameters else module._buffers
+    holder[name] = tensor  # type: ignore[assignment]
 
 
 def parameter_slots(module: nn.Module) -> list[Slot]:
@@ -719,3 +774,132 @@ def _parameter(argument: Any, shown: set[str]) -> Parameter:
         argument.name, kind.kind(), is_list, argument.N, is_optional, argument.kwarg_only, argument.has_default_value(),
         argument.default_value, bool(alias and alias.is_write), bool(alias and not shown.isdisjoint(alias.before_set)),
     )  # fmt: skip
+
+
+Overload, OverloadPacket = torch._ops.OpOverload, torch._ops.OpOverloadPacket
+"""The types of `torch.ops.aten.add.Tensor` and `torch.ops.aten.add`."""
+
+ATTENTION_MATH = torch.ops.aten._scaled_dot_product_attention_math
+ATTENTION_FLASH = torch.ops.aten._scaled_dot_product_flash_attention
+ATTENTION_EFFICIENT = torch.ops.aten._scaled_dot_product_efficient_attention
+"""The kernels of attention: by its matrix products, which returns the map, too, and the two fused ones of GPUs."""
+
+batch_norm_with_statistics = torch._batch_norm_impl_index
+"""What `F.batch_norm` calls: it returns the statistics of the batch, too."""
+
+
+def full_name(overload: torch._ops.OpOverload) -> str:
+    """`aten::add` for each of its overloads."""
+    return overload._schema.name
+
+
+def is_mutable(overload: torch._ops.OpOverload) -> bool:
+    """Whether an operator writes to one of its operands."""
+    return overload._schema.is_mutable
+
+
+def overload_of(operator: torch.library.CustomOpDef) -> torch._ops.OpOverload:
+    """What dispatch modes see where a custom operator is called."""
+    return operator._opoverload
+
+
+def check_dimensions(norm: BatchNorm, x: torch.Tensor) -> None:
+    """Raise the error of a batch norm that is given an input of other dimensions."""
+    norm._check_input_dim(x)  # type: ignore[operator]
+
+
+# Autograd and dispatch, at run time.
+
+
+def run_backward(value: torch.Tensor) -> None:
+    """`value.backward()` for a fake number: without reading whether it is one."""
+    _engine_run_backward((value,), (torch.ones_like(value),), False, False, (), allow_unreachable=True, accumulate_grad=True)
+
+
+def current_autograd_node() -> Any:
+    """The node whose backward is running; None outside of one."""
+    return torch._C._current_autograd_node()
+
+
+def below_autograd_and_autocast() -> contextlib.AbstractContextManager[Any]:
+    """Run operators as inside of one: what they call sees neither autograd nor autocast."""
+    stack = contextlib.ExitStack()
+    stack.enter_context(torch._C._AutoDispatchBelowADInplaceOrView())
+    stack.enter_context(torch._C._DisableAutocast())
+    return stack
+
+
+without_dispatch_modes = _disable_current_modes
+"""Run on real tensors inside of fake modes and other dispatch modes."""
+
+ALLOCATION = torch._C._profiler._EventType.Allocation
+"""The tag of what the profiler tells of memory."""
+
+
+# Compilers. Each is imported when it is asked for: `import torch._inductor` takes seconds.
+
+
+def mark_dynamic(tensor: torch.Tensor, dimension: int) -> None:
+    """Let Dynamo take a dimension for a symbol, if its code allows that."""
+    torch._dynamo.maybe_mark_dynamic(tensor, dimension)
+
+
+def backend_named(name: str) -> Callable[..., Any]:
+    """The backend that `torch.compile(backend=name)` takes."""
+    from torch._dynamo import lookup_backend
+
+    return lookup_backend(name)
+
+
+def dynamo_exception() -> type[Exception]:
+    """The base of what Dynamo raises where it cannot follow."""
+    return torch._dynamo.exc.TorchDynamoException
+
+
+def without_autograd_cache() -> contextlib.AbstractContextManager[Any]:
+    """AOTAutograd hands each graph to the compiler, also one that it has seen."""
+    from torch._functorch import config
+
+    return config.patch(enable_autograd_cache=False)  # type: ignore[attr-defined, no-any-return]
+
+
+def boxed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function in the form in which AOTAutograd calls compiled graphs."""
+    from torch._functorch.aot_autograd import make_boxed_func
+
+    return make_boxed_func(function)  # type: ignore[no-any-return]
+
+
+def compile_by_inductor(gm: fx.GraphModule, inputs: Any, compile_graph: Callable[..., Any]) -> Any:
+    """All that Inductor does with a graph and its backward, but for code: each final graph goes to `compile_graph`."""
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx(gm, inputs, inner_compile=compile_graph)
+
+
+def forward_metadata() -> Any:
+    """What AOTAutograd knows of the forward that it is compiling: which results are the model's, and which are saved."""
+    metadata = torch._guards.TracingContext.get().fw_metadata
+    assert metadata is not None
+    return metadata
+
+
+def partitioner_interface() -> tuple[Any, Any]:
+    """The base of Inductor's custom partitioners, and what hashes their files; `object` and None where torch has none."""
+    try:
+        from torch._inductor.custom_graph_pass import CustomPartitionerFn, get_hash_for_files
+    except ImportError:
+        return object, None
+    return CustomPartitionerFn, get_hash_for_files
+
+
+def min_cut_partition(gm: fx.GraphModule, joint_inputs: Sequence[object], **options: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """The forward and the backward of a joint graph, as Inductor parts them."""
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+    return min_cut_rematerialization_partition(gm, joint_inputs, **options)
+
+
+def inlines_saved_tensor_hooks() -> bool:
+    """Whether AOTAutograd makes hooks of saved tensors part of its graphs."""
+    return hasattr(getattr(torch._functorch._aot_autograd, "utils", None), "saved_tensors_hooks_are_inlineable")

@@ -55,7 +55,8 @@ class TracedModule(fx.GraphModule):
         unknown = [name for name in kept if name in vars(self) and not can_pickle(vars(self)[name])]
         state = _without(vars(self), (*torch_internals.GRAPH_MODULE_CODE, *unknown))
         nodes = tuple(_NodeState.of(node) for node in self.graph.nodes)
-        return _restore, (type(self).__name__, self.graph._tracer_cls, self.graph._codegen, nodes), state
+        tracer, code = torch_internals.tracer_of(self.graph), torch_internals.codegen_of(self.graph)
+        return _restore, (type(self).__name__, tracer, code, nodes), state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

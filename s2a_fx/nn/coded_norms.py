@@ -11,16 +11,17 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from s2a_fx.codecs.rows import Rows
+from s2a_fx.graph import torch_internals
+from s2a_fx.graph.torch_internals import BatchNorm
 from s2a_fx.ops.batch_norm import batch_norm, frozen_batch_norm
 from s2a_fx.ops.max_pool import max_pool
 
 Module = TypeVar("Module", bound=nn.Module)
 
 
-class CodedBatchNorm(_BatchNorm):
+class CodedBatchNorm(BatchNorm):
     """Batch norm that keeps `bits` an element of its input, and nothing where the backward does not read it. Made by `of`.
 
     In train mode the statistics are those of the batch: the input is not kept if neither it nor the weight needs a gradient. In
@@ -30,7 +31,7 @@ class CodedBatchNorm(_BatchNorm):
     bits: int
 
     @staticmethod
-    def of(norm: _BatchNorm, bits: int = 8) -> "CodedBatchNorm":
+    def of(norm: BatchNorm, bits: int = 8) -> "CodedBatchNorm":
         """The coded form of a batch norm, with its parameters, buffers, mode and hooks."""
         coded = taking_over(norm, _CODED[type(norm)])
         coded.bits = Rows(bits).bits
@@ -41,7 +42,7 @@ class CodedBatchNorm(_BatchNorm):
         trained = [t is not None and t.requires_grad for t in (x, weight, bias)]
         if not (torch.is_grad_enabled() and any(trained)) or x.numel() <= x.shape[1]:
             return super().forward(x)  # of one value a channel, torch says what is wrong
-        self._check_input_dim(x)
+        torch_internals.check_dimensions(self, x)
         if not self.training and self.running_mean is not None and self.running_var is not None:
             bits = self.bits if trained[1] else 0
             return frozen_batch_norm(x, weight, bias, self.running_mean, self.running_var, self.eps, bits)[0]  # type: ignore[no-any-return]
@@ -82,7 +83,7 @@ class CodedBatchNorm3d(CodedBatchNorm, nn.BatchNorm3d):
     """`CodedBatchNorm` of (N, C, D, H, W)."""
 
 
-_CODED: dict[type[_BatchNorm], type[CodedBatchNorm]] = {
+_CODED: dict[type[BatchNorm], type[CodedBatchNorm]] = {
     nn.BatchNorm1d: CodedBatchNorm1d,
     nn.BatchNorm2d: CodedBatchNorm2d,
     nn.BatchNorm3d: CodedBatchNorm3d,

@@ -7,17 +7,13 @@ import timm.layers
 import torch
 from torch import fx, nn
 
+from s2a_fx.graph import torch_internals
 from s2a_fx.graph.edit import extract_region
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether anything is to happen when the module runs, forward or backward."""
-    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
 
 
 def can_be_ghost(module: nn.Module | None) -> bool:
     """Whether a module is a plain linear layer or convolution, without hooks: what `Ghost` knows the backward of."""
-    if module is None or has_hooks(module) or hasattr(module, "parametrizations"):
+    if module is None or torch_internals.has_hooks(module) or hasattr(module, "parametrizations"):
         return False
     if type(module) in (nn.Linear, timm.layers.Linear):
         return True

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from s2a_fx.graph import torch_internals
 from s2a_fx.graph.regions import Region, modules_within
+from s2a_fx.graph.torch_internals import FakeTensor
 from s2a_fx.nn.random_numbers import may_draw
 
 PART_BYTES = 24 * 10**6
@@ -58,20 +58,20 @@ class ReplayState:
     def __init__(self, region: nn.Module, *values: Any) -> None:
         x = next(v for v in values if isinstance(v, torch.Tensor))
         self.device = x.device
-        self._modules = ModuleState(region)
+        self._module_state = ModuleState(region)
         self._autocast = torch.is_autocast_enabled(x.device.type), torch.get_autocast_dtype(x.device.type)
         self._random = None if isinstance(x, FakeTensor) else _random_states(x.device)
 
     def end_forward(self) -> None:
         """Note what the forward wrote to; forget the generators' states if it drew nothing."""
-        self._modules.end_forward()
+        self._module_state.end_forward()
         if self._random is not None and all(map(torch.equal, self._random, _random_states(self.device))):
             self._random = None
 
     @contextmanager
     def replay(self) -> Iterator[None]:
         """Inside, tensors and modes are those of the forward, and what was drawn is drawn again; all is afterwards as before."""
-        with self._modules.restore():
+        with self._module_state.restore():
             if self._random is None:
                 yield
                 return
@@ -94,14 +94,14 @@ class ModuleState:
     def __init__(self, region: nn.Module) -> None:
         modules = list(modules_within(region))
         self._modes = [(module, module.training) for module in modules]
-        self._parameters = [slot for module in modules for slot in torch_internals.parameter_slots(module)]
-        self._trained = [slot.tensor.requires_grad for slot in self._parameters]
+        self._weights = [slot for module in modules for slot in torch_internals.parameter_slots(module)]
+        self._trained = [slot.tensor.requires_grad for slot in self._weights]
         self._read: list[torch_internals.Slot] = []
         self._written: list[torch_internals.Slot] = []  # by running norms, whose kernels leave the version as it is
         for module in modules:
             counts = isinstance(module, torch_internals.RunningNorm) and module.training
             (self._written if counts else self._read).extend(torch_internals.buffer_slots(module))
-        self._versions = _versions(self._parameters), _versions(self._read)
+        self._versions = _versions(self._weights), _versions(self._read)
 
     def end_forward(self) -> None:
         """Note which buffers the forward wrote to."""
@@ -119,11 +119,11 @@ class ModuleState:
         """
         self._check_versions()
         modes = [(module, module.training) for module, mode in self._modes if module.training != mode]
-        slots = [*self._parameters, *self._read]
+        slots = [*self._weights, *self._read]
         others = [(slot, slot.tensor) for slot in slots if slot.present() is not slot.tensor]
         others += [(slot, slot.tensor.clone()) for slot in self._written]
         present = [(slot, slot.present()) for slot, _ in others]
-        needs = zip(self._parameters, self._trained, strict=True)
+        needs = zip(self._weights, self._trained, strict=True)
         turned = [slot.tensor for slot, needed in needs if slot.tensor.is_leaf and slot.tensor.requires_grad != needed]
         for module, mode in modes:
             module.training = not mode
@@ -142,7 +142,7 @@ class ModuleState:
                 module.training = mode
 
     def _check_versions(self) -> None:
-        for kind, slots, versions in zip(("parameter", "buffer"), (self._parameters, self._read), self._versions, strict=True):
+        for kind, slots, versions in zip(("parameter", "buffer"), (self._weights, self._read), self._versions, strict=True):
             for slot, version in zip(slots, versions, strict=True):
                 now = torch_internals.version_of(slot.tensor)
                 if now != version:

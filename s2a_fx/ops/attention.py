@@ -11,6 +11,7 @@ the coded map takes.
 import torch
 import torch.nn.functional as F
 
+from s2a_fx.graph import torch_internals
 from s2a_fx.ops import uniform
 from s2a_fx.ops.bits import pack, packed_size
 from s2a_fx.ops.softmax import map_gradients
@@ -33,7 +34,7 @@ def attention_kernel(
         mask: additive, or boolean with True for what may be attended to; broadcasts to (B, heads, N, K).
         scale: of the product q k^T.
     """
-    math = torch.ops.aten._scaled_dot_product_attention_math
+    math = torch_internals.ATTENTION_MATH
     if dropout_p > 0:
         out, dropped = math(query, key, value, mask, dropout_p, is_causal, scale=scale)
         kept = pack(dropped != 0, 1)  # where the map itself is 0, nothing flows either way

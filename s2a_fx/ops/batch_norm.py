@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from s2a_fx.codecs.packing import packed_width
 from s2a_fx.codecs.rows import Rows
+from s2a_fx.graph import torch_internals
 from s2a_fx.ops import flat
 
 _WIDTH = 64  # elements that share a range: neighbours in memory
@@ -56,7 +57,7 @@ def _normalized(
     """What `F.batch_norm` computes, by the kernel that it picks (cuDNN's has bits of its own), and the statistics."""
     new_mean, new_var = (None if t is None else t.clone() for t in running)
     cudnn = torch.backends.cudnn.enabled
-    y, mean, invstd, *_ = torch._batch_norm_impl_index(x, weight, bias, new_mean, new_var, True, momentum, eps, cudnn)
+    y, mean, invstd, *_ = torch_internals.batch_norm_with_statistics(x, weight, bias, new_mean, new_var, True, momentum, eps, cudnn)
     none = mean.new_empty(0)
     return y, (mean, invstd, none if new_mean is None else new_mean, none.clone() if new_var is None else new_var)
 

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakIdKeyDictionary
 
 from s2a_fx.errors import AdapterError
+from s2a_fx.graph import torch_internals
+from s2a_fx.graph.torch_internals import FakeTensor
 from s2a_fx.sharded import whole
 from s2a_fx.tasks.task_file import bytes_of
 
@@ -57,11 +58,11 @@ def _digest(name: str, tensor: torch.Tensor) -> str:
 
 def _state(tensor: torch.Tensor) -> Any:
     """What changes when the values do; None for tensors of inference mode, which are not counted."""
-    local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    local = torch_internals.local_part(tensor) if isinstance(tensor, DTensor) else tensor
     if local.is_inference():
         return None
     storage = StorageWeakRef(local.untyped_storage())  # its address would be that of another storage, once this one is freed
-    return storage, local._version, local.storage_offset(), local.dtype, tuple(local.shape), local.stride()
+    return storage, torch_internals.version_of(local), local.storage_offset(), local.dtype, tuple(local.shape), local.stride()
 
 
 def persistent(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -1,0 +1,78 @@
+"""Private names of torch stand in one file."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import fx, nn
+
+ROOT = Path(__file__).parents[2]
+HOME = ROOT / "s2a_fx" / "graph" / "torch_internals.py"
+TORCH = ("torch", "nn", "F", "fx")
+FILES = [path for room in ("analysis", "passes", "s2a_fx") for path in sorted((ROOT / room).rglob("*.py")) if path != HOME]
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def own_private_names() -> set[str]:
+    """The private attributes that the package's own classes have."""
+    found = set()
+    for path in FILES:
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        found |= {n.attr for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)}
+        for statement in (s for n in nodes if isinstance(n, ast.ClassDef) for s in n.body):
+            if isinstance(statement, ast.FunctionDef):
+                found.add(statement.name)
+            found |= {n.id for n in ast.walk(statement) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    return found
+
+
+OWN = own_private_names()
+TAKEN = {*dir(nn.Module()), *dir(fx.Graph()), *dir(fx.GraphModule(nn.Module(), fx.Graph())), *dir(torch.zeros(()))}
+
+
+def is_own(attribute: ast.Attribute) -> bool:
+    """Whether the object is certainly one of the package, or a module of Python's."""
+    whole = ast.unparse(attribute)
+    if whole in ("os._exit", "sys._getframe"):
+        return True
+    of_self = isinstance(attribute.value, ast.Name) and attribute.value.id in ("self", "cls")
+    return attribute.attr in OWN and (of_self or attribute.attr not in TAKEN) and whole.partition(".")[0] not in TORCH
+
+
+def foreign_names(tree: ast.AST) -> Iterator[str]:
+    """The private names in a file that are neither its package's nor Python's."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "torch":
+            names = [node.module or "", *(alias.name for alias in node.names)]
+            yield from (name for name in names if any(map(is_private, name.split("."))))
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names if alias.name.partition(".")[0] == "torch"]
+            yield from (name for name in names if any(map(is_private, name.split("."))))
+        elif isinstance(node, ast.Attribute) and is_private(node.attr) and not is_own(node):
+            yield ast.unparse(node)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("torch._"):
+            yield node.value
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_other_file_reads_a_private_name_of_torch(path):
+    assert not list(foreign_names(ast.parse(path.read_text())))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from torch._C import x",
+        "import torch.utils._pytree",
+        "torch.nn.modules.conv._ConvNd",
+        "module._parameters",
+        "getLogger('torch._dynamo')",
+    ],
+)
+def test_private_names_are_seen(line):
+    assert list(foreign_names(ast.parse(line)))

@@ -112,10 +112,13 @@ def _shape(tensor: torch.Tensor) -> Shape:
 
 
 class _Token:
-    """Stands for a tensor that autograd keeps; dies when autograd lets go of it."""
+    """Stands for a tensor that autograd keeps; dies when autograd lets go of it.
+
+    An operator's own result would hold the operator, which holds this token, and no garbage collector sees through autograd.
+    """
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor = tensor
+        self.tensor = tensor if tensor.grad_fn is None else torch_internals.shadow_of(tensor)
 
 
 class _Operator(NamedTuple):

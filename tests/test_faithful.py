@@ -160,7 +160,9 @@ def test_steps_and_kept_bytes_are_the_model_s(name):
     for training in (True, False):
         assert_same(step(gm, x, training), step(model, x, training))
         kept = measure_saved_bytes(model, (x,))
-        assert measure_saved_bytes(gm, (x,)) == s2a_fx.analyze(gm, (x,)).saved_bytes == kept == s2a_fx.analyze(model, (x,)).saved_bytes
+        assert (
+            measure_saved_bytes(gm, (x,)) == s2a_fx.analyze(gm, (x,)).saved_bytes == kept == s2a_fx.analyze(model, (x,)).saved_bytes
+        )
 
 
 @pytest.mark.parametrize("name", ["noise_in_train_mode", "masked_in_train_mode", "two_heads_in_train_mode", "distilled"])
@@ -182,6 +184,9 @@ AUXILIARY = {
 }
 
 
+SIZES = {"googlenet": (64, 64), "inception_v3": (299, 299)}
+
+
 class _AuxiliaryCNN(nn.Module):
     """Answers with a named tuple in train mode, with the last head alone in eval mode."""
 
@@ -201,7 +206,7 @@ class _AuxiliaryCNN(nn.Module):
 
 @pytest.mark.parametrize("name", AUXILIARY)
 def test_auxiliary_heads_answer_in_train_mode_alone(name):
-    model, x = AUXILIARY[name](), torch.randn(2, 3, 96 if name in ("googlenet", "inception_v3") else 32, 96)
+    model, x = AUXILIARY[name](), torch.randn(2, 3, *SIZES.get(name, (32, 32)))
     gm = s2a_fx.trace(model, (x,))
     twin = copy.deepcopy(model)
     for training in (True, False):

@@ -82,10 +82,17 @@ def state():
     """What a call must leave as it was."""
     top = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return (
-        torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled(),
-        top, torch._C._autograd._saved_tensors_hooks_get_disabled_error_message(), torch.get_default_device(),
-        torch.get_default_dtype(), torch._C._len_torch_dispatch_stack(), torch.get_rng_state().tolist(),
-    )  # fmt: skip
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_anomaly_enabled(),
+        torch.is_anomaly_check_nan_enabled(),
+        top,
+        torch._C._autograd._saved_tensors_hooks_get_disabled_error_message(),
+        torch.get_default_device(),
+        torch.get_default_dtype(),
+        torch._C._len_torch_dispatch_stack(),
+        torch.get_rng_state().tolist(),
+    )
 
 
 def figures(model):

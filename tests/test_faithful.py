@@ -122,9 +122,19 @@ def timm_checkpoints():
 
 
 FUNCTIONS = [
-    without_gradients, detached_teacher, decorated, noise, permuted, mixed, checkpointed, checkpointed_with_draws,
-    checkpointed_in_train_mode, noise_in_train_mode, masked_in_train_mode, two_heads_in_train_mode,
-]  # fmt: skip
+    without_gradients,
+    detached_teacher,
+    decorated,
+    noise,
+    permuted,
+    mixed,
+    checkpointed,
+    checkpointed_with_draws,
+    checkpointed_in_train_mode,
+    noise_in_train_mode,
+    masked_in_train_mode,
+    two_heads_in_train_mode,
+]
 MODELS = {f.__name__: (lambda f=f: Body(f), X) for f in FUNCTIONS} | {
     "pre-hook": (lambda: hooked(lambda m: m.register_forward_pre_hook(_grayscale)), X),
     "hook": (lambda: hooked(lambda m: m.register_forward_hook(_softened)), X),
@@ -222,8 +232,13 @@ def _hugging_face(name, **options):
 
 
 VIT = {
-    "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64, "image_size": 32, "patch_size": 16,
-}  # fmt: skip
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "image_size": 32,
+    "patch_size": 16,
+}
 NORMED = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
 HUGGING_FACE = {
     "ResNet": lambda: _hugging_face("ResNet", **NORMED, layer_type="basic"),

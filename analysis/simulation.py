@@ -24,7 +24,7 @@ from s2a_fx.graph import torch_internals
 from s2a_fx.graph.caches import without_caches
 from s2a_fx.graph.fake import fake_mode, fake_modules, fake_tensor, traced_inputs
 from s2a_fx.graph.regions import Checkpoint
-from s2a_fx.graph.torch_internals import neutral_state
+from s2a_fx.graph.torch_internals import neutral_state, shadow_of
 from s2a_fx.nn.checkpointed import Checkpointed
 from s2a_fx.nn.recompute import at_most_parts
 from s2a_fx.ops import SAVED
@@ -151,6 +151,8 @@ class _Keeper:
         if record.kind == "temporary":
             record.kind = "saved"
         self.order += 1
+        if tensor.grad_fn is not None:  # a node's own output would keep its node, and the node the token: never freed
+            tensor = shadow_of(tensor)
         token = _Token(tensor, storage, self.ledger.place.node, self.order, "Checkpointed.input" if self.checkpointed else "")
         self.tokens.add(token)
         return token

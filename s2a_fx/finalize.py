@@ -24,7 +24,7 @@ from s2a_fx.graph.call_code import CallCode
 from s2a_fx.graph.capture import share_weights
 from s2a_fx.graph.edit import free_path
 from s2a_fx.graph.flow import attribute, eliminate_dead_code, writes
-from s2a_fx.graph.torch_internals import has_hooks
+from s2a_fx.graph.torch_internals import free_source_with, has_hooks
 from s2a_fx.nn.recompute import Recomputed
 from s2a_fx.passes.merge_low_rank import merge_low_rank
 from s2a_fx.sharded import is_spread
@@ -69,6 +69,7 @@ def finalize(gm: fx.GraphModule) -> fx.GraphModule:
     plain.graph.lint()
     plain.delete_all_unused_submodules()
     plain.recompile()
+    free_source_with(type(plain).forward)
     return plain.eval()
 
 
@@ -81,7 +82,13 @@ def _written(gm: Any, name: str) -> fx.GraphModule:
     else:
         result = inference.run(*inputs)
     writer.graph.output(writer.create_arg(result))
-    return fx.GraphModule(writer.root, writer.graph, name)
+    return _graph_module(writer.root, writer.graph, name)
+
+
+def _graph_module(root: nn.Module, graph: fx.Graph, name: str) -> fx.GraphModule:
+    gm = fx.GraphModule(root, graph, name)
+    free_source_with(type(gm).forward)
+    return gm
 
 
 class _Writer(fx.proxy.GraphAppendingTracer):
@@ -89,7 +96,7 @@ class _Writer(fx.proxy.GraphAppendingTracer):
 
     def __init__(self, gm: nn.Module) -> None:
         super().__init__(fx.Graph())
-        self.root = fx.GraphModule(nn.Module(), fx.Graph())
+        self.root = _graph_module(nn.Module(), fx.Graph(), "Finalized")
         self.paths = {id(t): path for path, t in [*gm.named_buffers(), *gm.named_parameters()]}
 
     def create_arg(self, a: Any) -> Any:

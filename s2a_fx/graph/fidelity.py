@@ -111,10 +111,13 @@ def _shape(tensor: torch.Tensor) -> Shape:
 
 
 class _Token:
-    """Stands for a tensor that autograd keeps; dies when autograd lets go of it."""
+    """Stands for a tensor that autograd keeps; dies when autograd lets go of it.
+
+    An operator's own result would hold the operator, which holds this token, and no garbage collector sees through autograd.
+    """
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor = tensor
+        self.tensor = tensor if tensor.grad_fn is None else torch_internals.shadow_of(tensor)
 
 
 class _Operator(NamedTuple):
@@ -145,8 +148,7 @@ class _Recorder(TorchDispatchMode):
         self.tokens: weakref.WeakSet[_Token] = weakref.WeakSet()
 
     def pack(self, tensor: torch.Tensor) -> _Token:
-        # a node's own output would keep its node, and the node the token
-        token = _Token(torch_internals.shadow_of(tensor) if tensor.requires_grad else tensor)
+        token = _Token(tensor)
         self.tokens.add(token)
         return token
 

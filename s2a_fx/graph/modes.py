@@ -243,16 +243,19 @@ def _differences(a: fx.Node, b: fx.Node) -> tuple[Difference, ...]:
 
 
 def _plan_values(pieces: Sequence[tuple[fx.Node, fx.Node] | _Gap], results: Sequence[Pair]) -> None:
-    """Tell each gap what is read of it: pairs by the nodes of both modes, single values by later gaps."""
+    """Tell each gap what is read of it: pairs by the nodes of both modes, single values by what comes later."""
     gaps = [piece for piece in pieces if isinstance(piece, _Gap)]
-    home = {node: index for index, gap in enumerate(gaps) for node in (*gap.train, *gap.eval)}
+    nodes = [(*piece.train, *piece.eval) if isinstance(piece, _Gap) else piece for piece in pieces]
+    places = {node: index for index, piece in enumerate(nodes) for node in piece}
+    home = {node: index for node, index in places.items() if isinstance(pieces[index], _Gap)}
     read = [pair for piece in pieces if not isinstance(piece, _Gap) for pair in _argument_pairs(*piece)]
     alone: list[fx.Node] = []
     for pair in (*read, *results):
-        homes = [home[v] for v in pair if v in home]
-        if homes:
-            gaps[max(homes)].values.append(pair)
-            alone += [v for v in pair if v in home and home[v] != max(homes)]
+        last = max((places[v] for v in pair if v in places), default=-1)
+        own = [v for v in pair if v in home]
+        if own and isinstance(piece := pieces[last], _Gap):
+            piece.values.append(pair)
+        alone += [v for v in own if home[v] != last]
     alone += [node for node in home for user in node.users if user in home and home[user] != home[node]]
     for gap in gaps:
         for mode, part in enumerate((gap.train, gap.eval)):

@@ -610,7 +610,7 @@ def neutral_state() -> Iterator[None]:
         stack.enter_context(_disable_current_modes())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(_own_saved_tensor_hooks())
+        stack.enter_context(_without_saved_tensor_hooks())
         stack.enter_context(_silent_fake_tensors())
         if torch.get_default_device().type != "cpu":
             stack.enter_context(torch.device("cpu"))
@@ -636,17 +636,26 @@ def _silent_fake_tensors() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _own_saved_tensor_hooks() -> Iterator[None]:
-    """Keep the caller's hooks of saved tensors from seeing what is saved inside, also where hooks are disabled."""
-    message = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message()
+def _without_saved_tensor_hooks() -> Iterator[None]:
+    """Keep the caller's hooks of saved tensors from seeing what is saved inside, also where hooks are disabled.
+
+    Hooks that change nothing would not do: what an operator keeps of its own results would never be freed.
+    """
+    autograd = torch._C._autograd
+    message = autograd._saved_tensors_hooks_get_disabled_error_message()
     if message is not None:
-        torch._C._autograd._saved_tensors_hooks_enable()
+        autograd._saved_tensors_hooks_enable()
+    hooks = []
+    while top := autograd._top_saved_tensors_default_hooks(True):
+        hooks.append(top)
+        autograd._pop_saved_tensors_default_hooks()
     try:
-        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
-            yield
+        yield
     finally:
+        for pack, unpack in reversed(hooks):
+            autograd._push_saved_tensors_default_hooks(pack, unpack)
         if message is not None:
-            torch._C._autograd._saved_tensors_hooks_disable(message)
+            autograd._saved_tensors_hooks_disable(message)
 
 
 # Parameters and buffers, where modules hold them.

@@ -1,0 +1,265 @@
+"""A rewritten model computes, keeps and trains what its model does, in train mode and in eval mode."""
+
+import copy
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+import torchvision
+import transformers
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import s2a_fx
+from s2a_fx.analysis.measure import measure_saved_bytes
+from s2a_fx.graph.inputs import Structure
+from s2a_fx.passes import FreezeWeights
+
+X, IMAGES = torch.rand(32, 64), torch.randn(2, 3, 32, 32)
+
+
+class Body(nn.Module):
+    """A body, a dropout and a head; `function` is the forward."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.body, self.drop, self.head = nn.Sequential(nn.Linear(64, 64), nn.GELU()), nn.Dropout(0.2), nn.Linear(64, 3)
+        self.aux, self.function = nn.Linear(64, 3), function
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+def without_gradients(self, x):
+    with torch.no_grad():
+        x = self.body(x)
+    return self.head(x)
+
+
+def detached_teacher(self, x):
+    with torch.no_grad():
+        target = self.drop(self.body(x))
+    return self.head(self.body(x) - target)
+
+
+@torch.no_grad()
+def _features(self, x):
+    return self.body(x)
+
+
+def decorated(self, x):
+    return self.head(_features(self, x) + self.aux(x).mean())
+
+
+def noise(self, x):
+    return self.head(self.body(x) + torch.randn(64))
+
+
+def permuted(self, x):
+    return self.head(self.body(x)[:, torch.randperm(64)])
+
+
+def mixed(self, x):
+    share = torch.rand(())
+    return self.head(share * self.body(x) + (1 - share) * x)
+
+
+def checkpointed(self, x):
+    return self.head(checkpoint(self.body, x, use_reentrant=False))
+
+
+def checkpointed_with_draws(self, x):
+    return self.head(checkpoint(lambda y: self.drop(self.body(y)) * torch.rand(64), x, use_reentrant=False))
+
+
+def checkpointed_in_train_mode(self, x):
+    return self.head(checkpoint(self.body, x, use_reentrant=False) if self.training else self.body(x))
+
+
+def noise_in_train_mode(self, x):
+    x = self.body(x)
+    if self.training:
+        x = x + torch.randn_like(x)
+    return self.head(x)
+
+
+def masked_in_train_mode(self, x):
+    if self.training:
+        x = x * (torch.rand(x.shape[0], 1) > 0.3)
+    return self.head(self.body(x))
+
+
+def two_heads_in_train_mode(self, x):
+    x = self.body(x)
+    return (self.head(x), self.aux(x)) if self.training else (self.head(x) + self.aux(x)) / 2
+
+
+def hooked(register):
+    model = Body(lambda self, x: self.head(self.body(x)))
+    register(model)
+    return model
+
+
+def _grayscale(module, args):
+    return (args[0] * 9 - 4,)
+
+
+def _softened(module, args, result):
+    return result / 3
+
+
+def distilled():
+    model = timm.create_model("deit_tiny_distilled_patch16_224", img_size=32, depth=1, num_classes=5)
+    model.set_distilled_training(True)
+    return model
+
+
+def timm_checkpoints():
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=5, proj_drop_rate=0.1)
+    model.set_grad_checkpointing()
+    return model
+
+
+FUNCTIONS = [
+    without_gradients,
+    detached_teacher,
+    decorated,
+    noise,
+    permuted,
+    mixed,
+    checkpointed,
+    checkpointed_with_draws,
+    checkpointed_in_train_mode,
+    noise_in_train_mode,
+    masked_in_train_mode,
+    two_heads_in_train_mode,
+]
+MODELS = {f.__name__: (lambda f=f: Body(f), X) for f in FUNCTIONS} | {
+    "pre-hook": (lambda: hooked(lambda m: m.register_forward_pre_hook(_grayscale)), X),
+    "hook": (lambda: hooked(lambda m: m.register_forward_hook(_softened)), X),
+    "hook inside": (lambda: hooked(lambda m: m.body.register_forward_hook(_softened)), X),
+    "distilled": (distilled, IMAGES),
+    "timm's checkpoints": (timm_checkpoints, IMAGES),
+}
+
+
+def step(module, x, training):
+    """Results, gradients and buffers of a seeded step."""
+    module.train(training)
+    module.zero_grad()
+    torch.manual_seed(0)
+    results = Structure.of(module(x))[0]
+    sum(r.square().sum() for r in results).backward()
+    return results, {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
+
+
+def assert_same(found, expected):
+    assert len(found[0]) == len(expected[0])
+    assert all(torch.equal(a, b) for a, b in zip(found[0], expected[0], strict=True))
+    assert found[1].keys() == expected[1].keys()
+    assert all(torch.equal(found[1][name], gradient) for name, gradient in expected[1].items())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_steps_and_kept_bytes_are_the_model_s(name):
+    torch.manual_seed(1)
+    make, x = MODELS[name]
+    model = make()
+    gm = s2a_fx.transform(model, (x,), "full")
+    for training in (True, False):
+        assert_same(step(gm, x, training), step(model, x, training))
+        kept = measure_saved_bytes(model, (x,))
+        assert (
+            measure_saved_bytes(gm, (x,)) == s2a_fx.analyze(gm, (x,)).saved_bytes == kept == s2a_fx.analyze(model, (x,)).saved_bytes
+        )
+
+
+@pytest.mark.parametrize("name", ["noise_in_train_mode", "masked_in_train_mode", "two_heads_in_train_mode", "distilled"])
+def test_what_is_finalized_is_the_model_in_eval_mode(name):
+    make, x = MODELS[name]
+    model = make()
+    finalized = s2a_fx.finalize(s2a_fx.transform(model, (x,), "bias").eval())
+    with torch.no_grad():
+        found, expected = finalized(x), model.eval()(x)
+    torch.testing.assert_close(found, expected)
+    assert torch.equal(finalized(x), found)
+
+
+AUXILIARY = {
+    "googlenet": lambda: torchvision.models.googlenet(weights=None, num_classes=3, init_weights=False),
+    "inception_v3": lambda: torchvision.models.inception_v3(weights=None, num_classes=3, init_weights=False),
+    "two heads": lambda: _AuxiliaryCNN(2),
+    "three heads": lambda: _AuxiliaryCNN(3),
+}
+
+
+SIZES = {"googlenet": (64, 64), "inception_v3": (299, 299)}
+
+
+class _AuxiliaryCNN(nn.Module):
+    """Answers with a named tuple in train mode, with the last head alone in eval mode."""
+
+    def __init__(self, heads):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(3, 3, 3, 2, 1) for _ in range(heads))
+        self.heads = nn.ModuleList(nn.Linear(3, 3) for _ in range(heads))
+
+    def forward(self, x):
+        found = []
+        for conv, head in zip(self.convs, self.heads, strict=True):
+            x = F.relu(conv(x))
+            if self.training or conv is self.convs[-1]:
+                found.append(head(x.mean((2, 3))))
+        return dict(enumerate(found)) if self.training else found[-1]
+
+
+@pytest.mark.parametrize("name", AUXILIARY)
+def test_auxiliary_heads_answer_in_train_mode_alone(name):
+    model, x = AUXILIARY[name](), torch.randn(2, 3, *SIZES.get(name, (32, 32)))
+    gm = s2a_fx.trace(model, (x,))
+    twin = copy.deepcopy(model)
+    for training in (True, False):
+        expected, found = twin.train(training)(x), gm.train(training)(x)
+        assert type(found) is type(expected)
+        if not training:
+            assert torch.equal(gm(x), model.eval()(x))
+
+
+def _hugging_face(name, **options):
+    config = getattr(transformers, f"{name}Config")(num_labels=4, **options)
+    return getattr(transformers, f"{name}ForImageClassification")(config)
+
+
+VIT = {
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "image_size": 32,
+    "patch_size": 16,
+}
+NORMED = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
+HUGGING_FACE = {
+    "ResNet": lambda: _hugging_face("ResNet", **NORMED, layer_type="basic"),
+    "RegNet": lambda: _hugging_face("RegNet", **NORMED, groups_width=8),
+    "ConvNext": lambda: _hugging_face("ConvNext", hidden_sizes=[8, 16], depths=[1, 1], num_stages=2),
+    "ViT": lambda: _hugging_face("ViT", **VIT),
+    "Dinov2": lambda: _hugging_face("Dinov2", **VIT),
+}
+
+
+@pytest.mark.parametrize("name", HUGGING_FACE)
+def test_hugging_face_models_switch_their_mode_and_keep_what_is_predicted(name):
+    model = HUGGING_FACE[name]()
+    heads = [n for n, p in model.named_parameters() if p.shape == (4,)]
+    gm = s2a_fx.transform(model, (IMAGES,), "bias")
+    kept = s2a_fx.transform(model, (IMAGES,), (FreezeWeights(keep=("bias", "classifier.*")),))
+    assert {n for n, p in gm.named_parameters() if p.requires_grad} >= set(heads)
+    for graph in (gm, kept):
+        assert s2a_fx.analyze(graph, (IMAGES,)).saved_bytes == measure_saved_bytes(graph, (IMAGES,))
+        twin = copy.deepcopy(graph).eval()
+        before = {n: b.clone() for n, b in twin.named_buffers()}
+        assert torch.equal(twin(IMAGES).logits, model.eval()(IMAGES).logits)
+        assert all(torch.equal(before[n], b) for n, b in twin.named_buffers())
+        assert twin.train().training and all(m.training for m in twin.modules())

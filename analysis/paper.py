@@ -69,10 +69,9 @@ def _trains_its_weight(gm: fx.GraphModule, node: fx.Node) -> bool:
     if node.op == "call_module":
         module: Any = gm.get_submodule(str(node.target))
         return isinstance(module, _PARAMETRIC_MODULES) and module.weight is not None and module.weight.requires_grad
-    if node.op != "call_function" or node.target not in _PARAMETRIC_FUNCTIONS:
-        return False
-    names = [str(operand.target) for operand in node.all_input_nodes[1:] if operand.op == "get_attr"]
-    return any(name.endswith("weight") and gm.get_parameter(name).requires_grad for name in names)
+    call = call_of(gm, node)
+    weight = None if call is None or call.operator not in _PARAMETRIC_FUNCTIONS else call.path_of("weight")
+    return weight is not None and gm.get_parameter(weight).requires_grad
 
 
 def _in_side_branch(node: fx.Node) -> bool:

@@ -32,8 +32,6 @@ from s2a_fx.graph.structure import Block, stages
 from s2a_fx.nn.visual_prompt import PromptBorder, PromptTokens
 from s2a_fx.passes.base import Pass, a_weight, building_like, require_not_negative, require_positive
 
-_ADDS = (operator.add, operator.iadd, torch.add, "add", "add_")
-
 
 @dataclass(frozen=True)
 class InsertVisualPrompt(Pass):
@@ -68,7 +66,7 @@ class InsertVisualPrompt(Pass):
 
     def _check(self, gm: fx.GraphModule, place: "_Place") -> None:
         """Raise `PassError` if the block does not run on more tokens; the graph is left as it is."""
-        wider = self._wider(place)
+        wider = self._wider(gm, place)
         before = {node: node.meta["val"] for node in (*wider, *place.nodes)}
         for node in place.nodes:
             del node.meta["val"]
@@ -86,12 +84,12 @@ class InsertVisualPrompt(Pass):
             for node, value in before.items():
                 node.meta["val"] = value
 
-    def _wider(self, place: "_Place") -> dict[fx.Node, tuple[int, ...]]:
+    def _wider(self, gm: fx.GraphModule, place: "_Place") -> dict[fx.Node, tuple[int, ...]]:
         """What becomes wider by prompts, and how much at which end, as `F.pad` takes it."""
         if place.layout.order == "BNC":
             return {place.block.entry: (0, 0, self.tokens, 0)}
         if place.windows is not None:
-            biases = {bias: (self.tokens, 0, self.tokens, 0) for _, bias in place.windows.biases()}
+            biases = {bias: (self.tokens, 0, self.tokens, 0) for _, bias in place.windows.biases(gm)}
             return {place.windows.entry: (0, 0, self.tokens, 0), **biases}
         return {place.block.entry: (1, 1, 1, 1) if place.layout.order == "BCHW" else (0, 0, 1, 1, 1, 1)}
 
@@ -125,7 +123,7 @@ class InsertVisualPrompt(Pass):
         with building_like(a_weight(gm)) as factory:
             prompt = PromptTokens(self.tokens, channels, **factory)
         _read_through(gm, windows.path, prompt, windows.entry, windows.readers, inside=True)
-        for node, bias in windows.biases():
+        for node, bias in windows.biases(gm):
             with gm.graph.inserting_before(node):  # prompts have no place: they are as near to one token as to another
                 wider = gm.graph.call_function(F.pad, (bias, (self.tokens, 0, self.tokens, 0)))
             wider.meta["nn_module_stack"] = node.meta["nn_module_stack"]
@@ -148,10 +146,10 @@ class _Windows:
     output: fx.Node
     dependent: set[fx.Node]
 
-    def biases(self) -> list[tuple[fx.Node, fx.Node]]:
+    def biases(self, gm: fx.GraphModule) -> list[tuple[fx.Node, fx.Node]]:
         """What is added to the map of each window, token by token, and the node that adds it."""
         tokens = self.entry.meta["val"].shape[1]
-        adding = [node for node in self.nodes if node.target in _ADDS or node is self.map]
+        adding = [node for node in self.nodes if _adds(gm, node) or node is self.map]
         added = [(node, bias) for node in adding for bias in node.all_input_nodes if bias not in self.dependent]
         shapes = {bias: getattr(bias.meta.get("val"), "shape", ()) for _, bias in added}
         return [(node, bias) for node, bias in added if shapes[bias][-2:] == (tokens, tokens)]
@@ -235,3 +233,8 @@ def _read_through(
         call = insert_call(gm, path, prompt, (value,), like=min(readers) if inside else None)
     for reader in readers:
         reader.replace_input_with(value, call)
+
+
+def _adds(gm: fx.GraphModule, node: fx.Node) -> bool:
+    call = call_of(gm, node)
+    return call is not None and call.operator is torch.add

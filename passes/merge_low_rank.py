@@ -6,7 +6,6 @@
 Leaves alone: layers whose output is read elsewhere, too; weights with a reader that goes without; A and B with biases.
 """
 
-import operator
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +13,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from s2a_fx.graph.calls import call_of
 from s2a_fx.graph.flow import attribute, eliminate_dead_code
 from s2a_fx.nn.coded import CONVOLUTIONS
 from s2a_fx.nn.ghost import can_be_ghost
 
-_ADDS = (operator.add, torch.add)
 _POINTWISE = ((), ((1, 1), (0, 0), (1, 1)))  # strides, padding and dilation of B: of a linear layer, of a 1x1 convolution
 
 
@@ -85,11 +84,14 @@ def _merge(gm: fx.GraphModule, path: str, group: list[_Beside]) -> None:
 
 
 def _beside(gm: fx.GraphModule, node: fx.Node) -> _Beside | None:
-    if node.target not in _ADDS or node.kwargs or len(node.args) != 2 or len(node.all_input_nodes) != 2:
+    call_of_sum = call_of(gm, node)
+    if call_of_sum is None or call_of_sum.operator is not torch.add or call_of_sum.options["alpha"] != 1:
         return None
-    terms: tuple[Any, ...] = node.args
+    terms: tuple[Any, ...] = call_of_sum.nodes
+    if len(terms) != 2:
+        return None
     for call, term in (terms, terms[::-1]):
-        scale, added = _unscaled(term)
+        scale, added = _unscaled(gm, term)
         layer, up = _layer(gm, call), _layer(gm, added)
         down = _layer(gm, up.x) if up is not None else None
         if layer is None or up is None or down is None or any(len(n.users) != 1 for n in (call, term, added, up.x)):
@@ -99,11 +101,10 @@ def _beside(gm: fx.GraphModule, node: fx.Node) -> _Beside | None:
     return None
 
 
-def _unscaled(term: fx.Node) -> tuple[float, fx.Node]:
-    if term.target is operator.mul:
-        value, scale = term.args
-        if isinstance(value, fx.Node) and isinstance(scale, int | float):
-            return float(scale), value
+def _unscaled(gm: fx.GraphModule, term: fx.Node) -> tuple[float, fx.Node]:
+    call = call_of(gm, term)
+    if call is not None and call.operator is torch.mul and isinstance(scale := call.options.get("other"), int | float):
+        return float(scale), call.input
     return 1.0, term
 
 

@@ -21,9 +21,10 @@ from torch import fx, nn
 from s2a_fx.errors import InputError
 from s2a_fx.graph import torch_internals
 from s2a_fx.graph.call_code import CallCode
+from s2a_fx.graph.calls import call_of, written_operand
 from s2a_fx.graph.capture import share_weights
 from s2a_fx.graph.edit import free_path
-from s2a_fx.graph.flow import attribute, eliminate_dead_code, writes
+from s2a_fx.graph.flow import attribute, eliminate_dead_code
 from s2a_fx.graph.torch_internals import free_source_with, has_hooks
 from s2a_fx.nn.recompute import Recomputed
 from s2a_fx.passes.merge_low_rank import merge_low_rank
@@ -174,7 +175,7 @@ def _is_constant(target: Any, args: Any, kwargs: Any) -> bool:
     """Whether a call reads no proxy, and overwrites nothing."""
     proxies: list[fx.Proxy] = []
     fx.node.map_aggregate((args, kwargs), lambda a: proxies.append(a) if isinstance(a, fx.Proxy) else a)
-    return not proxies and not writes(target, kwargs)
+    return not proxies and written_operand(target, args, kwargs) is None
 
 
 def _is_ours(function: Callable[..., Any]) -> bool:
@@ -183,7 +184,7 @@ def _is_ours(function: Callable[..., Any]) -> bool:
 
 def _leave_out_what_does_nothing(gm: fx.GraphModule) -> None:
     for node in list(gm.graph.nodes):
-        if _is_idle_module(gm, node) or _is_idle_dropout(node):
+        if _is_idle_module(gm, node) or _is_idle_dropout(gm, node):
             node.replace_all_uses_with(node.all_input_nodes[0])
             gm.graph.erase_node(node)
 
@@ -193,6 +194,6 @@ def _is_idle_module(gm: fx.GraphModule, node: fx.Node) -> bool:
     return module is not None and type(module) in _DROPS and not has_hooks(module)  # a class derived from one may do more
 
 
-def _is_idle_dropout(node: fx.Node) -> bool:
-    training = node.kwargs.get("training", node.args[2] if len(node.args) > 2 else True)
-    return node.op == "call_function" and node.target in _DROPOUTS and training is False
+def _is_idle_dropout(gm: fx.GraphModule, node: fx.Node) -> bool:
+    call = call_of(gm, node) if node.op == "call_function" else None
+    return call is not None and call.operator in _DROPOUTS and call.options["training"] is False

@@ -12,13 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from s2a_fx.graph.calls import call_of
 from s2a_fx.graph.edit import replace_node
 from s2a_fx.nn.coded import FrozenConvolution
 from s2a_fx.nn.coded_norms import CodedMaxPool, pair
 from s2a_fx.nn.ghost import can_be_ghost
 from s2a_fx.ops.max_pool import LARGEST
-
-_POOLINGS = (F.max_pool2d, torch.max_pool2d)
 
 
 def serves_frozen_convolution(gm: fx.GraphModule, node: fx.Node) -> bool:
@@ -56,24 +55,15 @@ def replace_max_pool(gm: fx.GraphModule, node: fx.Node, bits: int) -> None:
 
 def max_pooling(gm: fx.GraphModule, node: fx.Node) -> CodedMaxPool | None:
     """The coded form of the max pooling that a node computes; None for any other node."""
-    if node.op == "call_module":
-        pool = gm.get_submodule(str(node.target))
-        if type(pool) is not nn.MaxPool2d:
-            return None
-        options = [pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode, pool.return_indices]
-    elif node.op == "call_function" and node.target in _POOLINGS:
-        names = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
-        given: dict[str, Any] = {"stride": None, "padding": 0, "dilation": 1, "ceil_mode": False, "return_indices": False}
-        given |= dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-        options = [given[name] for name in names[1:]]
-    else:
-        return None
+    call = call_of(gm, node)
     value = node.meta.get("val")
-    if len(node.all_input_nodes) != 1 or options[-1] or not isinstance(value, torch.Tensor) or value.ndim != 4:
+    if call is None or call.operator is not F.max_pool2d or call.options["return_indices"]:
         return None
-    kernel, stride, *others, ceil_mode, _ = options
+    if not isinstance(value, torch.Tensor) or value.ndim != 4:
+        return None
+    kernel, stride, padding, dilation = (call.options[name] for name in ("kernel_size", "stride", "padding", "dilation"))
     rows, columns = pair(kernel)
     if rows * columns > LARGEST:
         return None
-    strides, padding, dilation = (tuple(pair(option)) for option in (stride or kernel, *others))
-    return CodedMaxPool((rows, columns), strides, padding, dilation, ceil_mode=ceil_mode)  # type: ignore[arg-type]
+    strides, paddings, dilations = (tuple(pair(option)) for option in (stride, padding, dilation))
+    return CodedMaxPool((rows, columns), strides, paddings, dilations, ceil_mode=call.options["ceil_mode"])  # type: ignore[arg-type]

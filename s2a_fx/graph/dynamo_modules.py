@@ -9,7 +9,6 @@
 `State` remembers which of the arguments became attributes, and binds those of each call.
 """
 
-import inspect
 import operator
 import re
 from collections.abc import Sequence
@@ -21,8 +20,9 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from s2a_fx.graph import torch_internals
+from s2a_fx.graph.calls import call_of, written_operand
 from s2a_fx.graph.edit import free_path, replace_node
-from s2a_fx.graph.flow import IN_PLACE, attribute
+from s2a_fx.graph.flow import attribute
 from s2a_fx.graph.provenance import module_stack, plain_path
 from s2a_fx.graph.shapes import propagate
 
@@ -180,22 +180,13 @@ def _check_writes(graph: fx.Graph) -> None:
 
 def _written(node: fx.Node) -> Any:
     """The tensor node that a node writes to; None if it writes to none."""
-    if node.op == "call_method" and re.fullmatch(r".*[^_]_", str(node.target)):
-        return node.args[0]
-    if node.op != "call_function":
+    if node.op not in ("call_function", "call_method"):
         return None
-    name = getattr(node.target, "__name__", "")
-    if isinstance(node.kwargs.get("out"), fx.Node):
-        return node.kwargs["out"]
-    in_place = re.fullmatch(r".*[^_]_", name) or node.kwargs.get("inplace") or node.target in (*IN_PLACE, operator.setitem)
-    return node.args[0] if in_place or _asks_for_in_place(node) else None
-
-
-def _asks_for_in_place(node: fx.Node) -> bool:
-    try:
-        return bool(inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments.get("inplace"))  # type: ignore[arg-type]
-    except (TypeError, ValueError):  # a builtin, which has no such argument
-        return False
+    name = written_operand(node.target, node.args, node.kwargs)
+    if name is None:
+        return None
+    call = call_of(nn.Module(), node)
+    return node.args[0] if call is None else call.operands.get(name, node.args[0])
 
 
 def _keep_write(gm: fx.GraphModule, node: fx.Node) -> None:

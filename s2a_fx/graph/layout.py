@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from s2a_fx.graph.calls import Call, call_of
 from s2a_fx.graph.torch_internals import BatchNorm, Convolution
 
 Order = Literal["BHWC", "BCHW"]
@@ -119,10 +120,10 @@ def _breadth_first(node: fx.Node, below: bool) -> Iterator[fx.Node]:
                 yield other
 
 
-def _dimensions(node: fx.Node) -> tuple[int, ...]:
+def _dimensions(call: Call) -> tuple[int, ...]:
     """The dimensions that a mean is taken over, counted from the front of four."""
-    dims = node.kwargs.get("dim", node.args[1:] if len(node.args) != 2 else node.args[1])
-    given = dims if isinstance(dims, (tuple, list)) else (dims,)
+    dims = call.options.get("dim")
+    given = dims if isinstance(dims, tuple) else (dims,)
     return tuple(sorted(d % 4 for d in given if isinstance(d, int)))
 
 
@@ -132,16 +133,18 @@ def _order_told_by(gm: fx.GraphModule, node: fx.Node, below: bool) -> Order | No
         if isinstance(module, _SECOND_MODULES):
             return "BCHW"
         return "BHWC" if isinstance(module, _LAST_MODULES) else None
-    if node.target in _SECOND_FUNCTIONS:
+    call = call_of(gm, node)
+    if call is None:
+        return None
+    if call.operator in _SECOND_FUNCTIONS:
         return "BCHW"
-    if below and node.target in ("mean", torch.mean):
-        return _POOLED.get(_dimensions(node))
-    if node.target in _LAST_FUNCTIONS:
+    if below and call.operator is torch.mean:
+        return _POOLED.get(_dimensions(call))
+    if call.operator in _LAST_FUNCTIONS:
         return "BHWC"
-    if node.target in ("permute", torch.permute):
-        dims = node.args[1] if isinstance(node.args[1], (tuple, list)) else node.args[1:]
-        if tuple(dims) == _TO_LAST:
+    if call.operator is torch.permute:
+        if call.options["dims"] == _TO_LAST:
             return "BCHW" if below else "BHWC"
-        if tuple(dims) == _TO_SECOND:
+        if call.options["dims"] == _TO_SECOND:
             return "BHWC" if below else "BCHW"
     return None

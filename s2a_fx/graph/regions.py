@@ -62,10 +62,11 @@ class Region(nn.Module):
     def __init__(self, **bodies: fx.GraphModule) -> None:
         super().__init__()
         self.__dict__.update(bodies)
+        self.names = tuple(bodies)
 
     def bodies(self) -> list[fx.GraphModule]:
         """The region's graphs, each once."""
-        return list(dict.fromkeys(value for value in self.__dict__.values() if isinstance(value, fx.GraphModule)))
+        return list(dict.fromkeys(getattr(self, name) for name in self.names))
 
     def trained(self) -> list[nn.Parameter]:
         """The parameters that train of the region and of the regions inside it."""

@@ -12,19 +12,16 @@ and no module around it is one. A model without such modules writes its addition
    the sum alone, and f has a linear layer or convolution. Of two that overlap, the smaller is one.
 """
 
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import fx, nn
 
+from s2a_fx.graph.calls import call_of
 from s2a_fx.graph.flow import attribute, dependent_nodes, reaches
 from s2a_fx.graph.layout import layout_of
 from s2a_fx.graph.provenance import module_stack, owner_path
-
-_ADDS = (operator.add, operator.iadd, torch.add)
-_VIEW_METHODS = ("view", "reshape", "contiguous", "permute", "transpose", "flatten")
 
 
 @dataclass(frozen=True)
@@ -76,13 +73,13 @@ def residual_branches(gm: fx.GraphModule) -> tuple[Branch, ...]:
     for block in blocks:
         own = [node for node in block.nodes if node in adds]
         branches += [Branch(block.path, next(o for o in add.all_input_nodes if o is not adds[add]), add) for add in own]
-        if not own and (add := _last_add(block)):
+        if not own and (add := _last_add(gm, block)):
             branches.append(Branch(block.path, max(add.all_input_nodes, key=lambda o: _depth(o, block)), add))
     return tuple(branches)
 
 
-def _last_add(block: Block) -> fx.Node | None:
-    adds = [n for n in block.nodes if _is_add(n) and len(n.all_input_nodes) == 2 and owner_path(n) == block.path]
+def _last_add(gm: fx.GraphModule, block: Block) -> fx.Node | None:
+    adds = [n for n in block.nodes if _is_add(gm, n) and len(n.all_input_nodes) == 2 and owner_path(n) == block.path]
     return adds[-1] if adds else None
 
 
@@ -97,8 +94,9 @@ def _depth(node: fx.Node, block: Block) -> int:
     return len(seen)
 
 
-def _is_add(node: fx.Node) -> bool:
-    return node.target in _ADDS or (node.op == "call_method" and node.target in ("add", "add_"))
+def _is_add(gm: fx.GraphModule, node: fx.Node) -> bool:
+    call = call_of(gm, node)
+    return call is not None and call.operator is torch.add
 
 
 def _blocks_and_adds(gm: fx.GraphModule) -> tuple[tuple[Block, ...], dict[fx.Node, fx.Node]]:
@@ -169,7 +167,7 @@ def _residual_adds(gm: fx.GraphModule, path: str, nodes: list[fx.Node], inner: d
     found: dict[fx.Node, fx.Node] = {}
     for node in nodes:
         operands = node.all_input_nodes
-        if not _is_add(node) or owner_path(node) != path or len(operands) != 2:
+        if not _is_add(gm, node) or owner_path(node) != path or len(operands) != 2:
             continue
         for x, other in (operands, operands[::-1]):
             if _origin(gm, x, inner | found, entries) in entries and reaches(other, entries, set(nodes)):
@@ -180,15 +178,18 @@ def _residual_adds(gm: fx.GraphModule, path: str, nodes: list[fx.Node], inner: d
 def _origin(gm: fx.GraphModule, node: fx.Node, adds: dict[fx.Node, fx.Node], entries: set[fx.Node]) -> fx.Node:
     """Follow identities, views and residual adds back to the value that they show, a module's entry at the farthest."""
     while node not in entries:
-        identity = node.op == "call_module" and isinstance(gm.get_submodule(str(node.target)), nn.Identity)
-        view = node.op == "call_method" and node.target in _VIEW_METHODS
         if node in adds:
             node = adds[node]
-        elif identity or view:
-            node = node.all_input_nodes[0]
-        else:
+            continue
+        call = call_of(gm, node)
+        if call is None or not (call.is_view and _has_all_elements(node, call.input)):
             break
+        node = call.input
     return node
+
+
+def _has_all_elements(view: fx.Node, source: fx.Node) -> bool:
+    return _tensor_like(source) and view.meta["val"].numel() == source.meta["val"].numel()
 
 
 def _blocks_of_additions(gm: fx.GraphModule) -> tuple[Block, ...]:
@@ -198,7 +199,7 @@ def _blocks_of_additions(gm: fx.GraphModule) -> tuple[Block, ...]:
     found = []
     for node in gm.graph.nodes:
         operands = [o for o in node.all_input_nodes if o in dependent and _tensor_like(o)]
-        if _is_add(node) and len(operands) == 2 and (region := _region_of(gm, node, order, dependent)):
+        if _is_add(gm, node) and len(operands) == 2 and (region := _region_of(gm, node, order, dependent)):
             found.append(region)
     taken: set[fx.Node] = set()
     chosen = []

@@ -61,6 +61,11 @@ class CodedDropout(nn.Module):
         super().__init__()
         self.p = p
 
+    @property
+    def draws(self) -> bool:
+        """Whether random numbers are drawn in train mode."""
+        return self.p > 0
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.training and self.p > 0 and needs_grad(x):
             return dropout(x, self.p)[0]

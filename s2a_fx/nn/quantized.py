@@ -91,6 +91,11 @@ class QuantizedSoftmaxMatmul(nn.Module):
         self.dropout_p = dropout_p
         self.bits = bits
 
+    @property
+    def draws(self) -> bool:
+        """Whether random numbers are drawn in train mode."""
+        return self.dropout_p > 0
+
     def forward(self, scores: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Scores (..., N, K) and value (..., K, D) give (..., N, D)."""
         dropout_p = self.dropout_p if self.training else 0.0
@@ -129,6 +134,11 @@ class QuantizedAttention(nn.Module):
         self.is_causal = is_causal
         self.scale = scale
         self.bits = bits
+
+    @property
+    def draws(self) -> bool:
+        """Whether random numbers are drawn in train mode."""
+        return self.dropout_p > 0
 
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None

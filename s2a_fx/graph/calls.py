@@ -20,10 +20,14 @@ import torch
 import torch.nn.functional as F
 from timm.layers.drop import drop_path
 from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from s2a_fx.errors import InputError
+from s2a_fx.graph.regions import ScopeRegion
 from s2a_fx.graph.spellings import (
     ATTRIBUTES,
     DISPATCHED,
+    DRAWING,
     LEFT_OUT,
     PROBABILITIES,
     Bound,
@@ -72,7 +76,7 @@ class Call:
 
     @property
     def input(self) -> fx.Node:
-        """The first operand."""
+        """The first operand, of a call that has one."""
         first = next(iter(self.operands.values()))
         found = first[0] if isinstance(first, tuple) else first
         assert isinstance(found, fx.Node)
@@ -104,6 +108,7 @@ _MODULES: dict[type[nn.Module], Any] = {
     nn.BatchNorm1d: F.batch_norm,
     nn.BatchNorm2d: F.batch_norm,
     nn.BatchNorm3d: F.batch_norm,
+    _BatchNorm: F.batch_norm,  # of which others than these derive
     nn.LayerNorm: F.layer_norm,
     nn.RMSNorm: F.rms_norm,
     nn.GroupNorm: F.group_norm,
@@ -195,23 +200,67 @@ def call_of(gm: nn.Module, node: fx.Node) -> Call | None:
 
 
 def find_calls(gm: fx.GraphModule, function: Function | type[nn.Module]) -> tuple[Call, ...]:
-    """The calls of an operator in a graph, in order, however the model spells it.
+    """The calls of an operator in a graph, in order, however the model spells it: a layer, a function, a method, an ATen operator.
+
+        for call in find_calls(gm, torch.nn.functional.layer_norm):
+            call.node, call.input, call.path_of("weight"), call.options["eps"]
 
     Args:
-        gm: what `trace` or `transform` returned.
+        gm: what `trace` or `transform` returned, or what `Pass.rewrite` gets. What the model runs under `torch.no_grad()`,
+            `torch.autocast` or its own checkpoints is searched, too; modules that passes put in the place of operators are not.
         function: any spelling of the operator: `F.layer_norm`, `nn.LayerNorm`, `torch.ops.aten.layer_norm.default`.
+
+    Raises:
+        InputError: `function` is no operator of torch's, and no layer that is one.
     """
     wanted = canonical(function)
-    calls = (call_of(gm, node) for node in gm.graph.nodes)
-    return tuple(call for call in calls if call is not None and call.operator is wanted)
+    if wanted is None:
+        raise InputError(
+            f"find_calls: {getattr(function, '__name__', function)!r} is no one operator of torch's; give a function of torch or "
+            "torch.nn.functional, a method of torch.Tensor, an operator of torch.ops.aten, or a layer that calls one of these, "
+            "torch.nn.LayerNorm say. Containers and models call many: look for what they call."
+        )
+    return tuple(call for call in _calls(gm) if call.operator is wanted)
 
 
-def canonical(function: Any) -> Function | type[nn.Module]:
-    """The operator of a spelling; what is no operator of torch's is its own."""
+def _calls(gm: fx.GraphModule) -> Iterator[Call]:
+    for node in gm.graph.nodes:
+        module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(module, ScopeRegion):
+            yield from _calls(module.body)
+        elif (call := call_of(gm, node)) is not None:
+            yield call
+
+
+def canonical(function: Any) -> Function | type[nn.Module] | None:
+    """The operator of a spelling; None for what is no operator of torch's."""
     if isinstance(function, type):
-        return _MODULES.get(function, function)
-    spelled = spelling(function)
-    return function if spelled is None else spelled.operator
+        return _MODULES.get(function)
+    spelled = spelling(function) if callable(function) and not isinstance(function, nn.Module) else None
+    return None if spelled is None else spelled.operator
+
+
+def operator_of(gm: nn.Module, node: fx.Node) -> Function | type[nn.Module] | None:
+    """The operator that a node calls, or that its module does more than call: of a subclass of `nn.Conv2d`, F.conv2d."""
+    call = call_of(gm, node)
+    if call is not None or node.op != "call_module":
+        return None if call is None else call.operator
+    kinds = type(gm.get_submodule(str(node.target))).__mro__
+    return next((_MODULES[kind] for kind in kinds if kind in _MODULES), None)
+
+
+def draws(gm: nn.Module, node: fx.Node) -> bool | None:
+    """Whether a node draws random numbers in train mode; None where it calls no operator of torch's."""
+    call = call_of(gm, node)
+    if call is not None:
+        return call.draws
+    if node.op not in ("call_function", "call_method"):
+        return None
+    target: Any = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return schema_of(target).draws
+    spelled = spelling(target)  # of a call that could not be bound, or whose value is no tensor
+    return None if spelled is None else spelled.operator in DRAWING or any(s.draws for s in aten_schemas(spelled.name))
 
 
 def written_operand(target: Function | str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
@@ -228,6 +277,30 @@ def written_operand(target: Function | str, args: Sequence[Any], kwargs: Mapping
     return None if bound is None else bound.in_place
 
 
+def written_value(node: fx.Node) -> Any:
+    """What a call of a function or method writes to: a node, or a sequence of nodes; None if it writes to nothing."""
+    target: Any = node.target
+    name = written_operand(target, node.args, node.kwargs) if node.op in ("call_function", "call_method") else None
+    if name is None:
+        return None
+    spelled = spelling(target)
+    bound = None if spelled is None else spelled.bind(node.args, dict(node.kwargs))
+    given = {**node.kwargs, **({} if bound is None else bound.arguments)}
+    return given.get(name, node.args[0] if node.args else None)
+
+
+def is_in_place(module: nn.Module) -> bool:
+    """Whether a layer writes to what it reads: torch's layers have an option of this name, and models' own follow them."""
+    return bool(getattr(module, "inplace", False))
+
+
+def writes(gm: nn.Module, node: fx.Node) -> bool:
+    """Whether a node writes to an operand."""
+    if node.op == "call_module":
+        return is_in_place(gm.get_submodule(str(node.target)))
+    return written_value(node) is not None
+
+
 def _call(
     node: fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], evaluation: tuple[tuple[Any, ...], Any] | None
 ) -> Call | None:
@@ -242,8 +315,6 @@ def _call(
     if bound is None or other is None:
         return None
     operands = {name: v for name, v in bound.arguments.items() if _is_operand(spelled.name, name, v)}
-    if not operands:
-        return None
     options, eval_options = (_options(spelled, b, operands) for b in (bound, other))
     return Call(
         node, spelled.operator, {name: _as_operand(v) for name, v in operands.items()}, options, eval_options,
@@ -282,7 +353,7 @@ def _call_of_module(node: fx.Node, module: nn.Module) -> Call | None:
         if name not in arguments and name != "training" and hasattr(module, attribute):
             value = getattr(module, attribute)
             arguments[name] = f"{node.target}.{attribute}" if isinstance(value, torch.Tensor) else value
-    in_place = "input" if getattr(module, "inplace", False) else None
+    in_place = "input" if is_in_place(module) else None
     operands = {name: v for name, v in arguments.items() if _is_operand(spelled.name, name, v) or _is_path(module, name, v)}
     modes = [Bound({**arguments, **_training(spelled, arguments, training)}, None, None) for training in (True, False)]
     options, eval_options = (_options(spelled, bound, operands) for bound in modes)
@@ -350,10 +421,12 @@ def _as_operand(value: Any) -> Operand:
 
 
 def _draws(spelled: Spelling, options: Mapping[str, Any]) -> bool:
-    """Whether a call draws random numbers in train mode, by ATen's tags."""
+    """Whether a call draws random numbers in train mode, by ATen's tags; a probability that the graph computes may be any."""
+    if not options.get("training", True):
+        return False
     if spelled.operator in PROBABILITIES:
-        return bool(options.get(PROBABILITIES[spelled.operator])) and bool(options.get("training", True))
-    return bool(options.get("training", True)) and any(schema.draws for schema in aten_schemas(spelled.name))
+        return bool(options.get(PROBABILITIES[spelled.operator], True))
+    return spelled.operator in DRAWING or any(schema.draws for schema in aten_schemas(spelled.name))
 
 
 def _is_view(name: str, options: Mapping[str, Any], node: fx.Node, operands: Mapping[str, Any]) -> bool:

@@ -1,32 +1,21 @@
 """What a node's value depends on: the model's input, a parameter that trains, another node."""
 
-import operator
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from s2a_fx.graph.calls import is_in_place, writes
 from s2a_fx.graph.regions import Region
-
-IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
-"""Python's operators that write to their first operand."""
-
-
-def writes(target: Any, kwargs: Mapping[str, Any]) -> bool:
-    """Whether a call of a function, or of a method by its name, writes to one of its operands."""
-    if isinstance(target, torch._ops.OpOverload):
-        return target._schema.is_mutable
-    name = str(getattr(target, "__name__", target))
-    return target in IN_PLACE or bool(kwargs.get("inplace")) or "out" in kwargs or (name.endswith("_") and not name.endswith("__"))
 
 
 def has_effects(gm: nn.Module, node: fx.Node) -> bool:
     """Whether a node does more than compute a value: it writes to an operand or a buffer, or acts otherwise."""
     if node.op == "call_module":
         module = gm.get_submodule(str(node.target))
-        return bool(getattr(module, "_is_impure", False) or getattr(module, "inplace", False))
-    return node.op in ("call_function", "call_method") and (node.is_impure() or writes(node.target, node.kwargs))
+        return bool(getattr(module, "_is_impure", False)) or is_in_place(module)
+    return node.op in ("call_function", "call_method") and (node.is_impure() or writes(gm, node))
 
 
 def eliminate_dead_code(gm: fx.GraphModule) -> None:

@@ -58,20 +58,34 @@ _RENAMED_IN: dict[tuple[str, str], str] = {("view", "size"): "shape", ("_unsafe_
 LEFT_OUT = ("inplace", "out", "generator", "cudnn_enable", "cudnn_enabled", "_stacklevel")
 """Parameters that change nothing of what is computed; the first two make `in_place`."""
 
+_BINARY: dict[str, tuple[Function, Function | None]] = {
+    "add": (operator.add, operator.iadd),
+    "sub": (operator.sub, operator.isub),
+    "mul": (operator.mul, operator.imul),
+    "div": (operator.truediv, operator.itruediv),
+    "floor_divide": (operator.floordiv, operator.ifloordiv),
+    "remainder": (operator.mod, operator.imod),
+    "matmul": (operator.matmul, operator.imatmul),
+    "pow": (operator.pow, operator.ipow),
+    "bitwise_and": (operator.and_, operator.iand),
+    "bitwise_or": (operator.or_, operator.ior),
+    "bitwise_xor": (operator.xor, operator.ixor),
+    "bitwise_left_shift": (operator.lshift, operator.ilshift),
+    "bitwise_right_shift": (operator.rshift, operator.irshift),
+    "eq": (operator.eq, None),
+    "ne": (operator.ne, None),
+    "lt": (operator.lt, None),
+    "le": (operator.le, None),
+    "gt": (operator.gt, None),
+    "ge": (operator.ge, None),
+}
+"""ATen operator -> Python's of two operands: the one that computes, and the one that writes to its first operand."""
+
 _PYTHON: dict[Function, tuple[str, str | None]] = {
-    operator.add: ("add", None),
-    operator.iadd: ("add", "input"),
-    operator.sub: ("sub", None),
-    operator.isub: ("sub", "input"),
-    operator.mul: ("mul", None),
-    operator.imul: ("mul", "input"),
-    operator.truediv: ("div", None),
-    operator.itruediv: ("div", "input"),
-    operator.matmul: ("matmul", None),
-    operator.imatmul: ("matmul", "input"),
-    operator.pow: ("pow", None),
-    operator.ipow: ("pow", "input"),
+    **{plain: (name, None) for name, (plain, _) in _BINARY.items()},
+    **{writing: (name, "input") for name, (_, writing) in _BINARY.items() if writing is not None},
     operator.neg: ("neg", None),
+    operator.invert: ("bitwise_not", None),
     operator.getitem: ("getitem", None),
     operator.setitem: ("setitem", "input"),
 }
@@ -89,13 +103,10 @@ _FUNCTIONS: dict[str, Function] = {
 """ATen operator -> its function, where it is not that of `torch.nn.functional`, or else of `torch`, or else of `torch.Tensor`."""
 
 _SIGNATURES: dict[str, tuple[str, ...]] = {
-    "add": ("input", "other"),
-    "sub": ("input", "other"),
-    "mul": ("input", "other"),
-    "div": ("input", "other"),
-    "matmul": ("input", "other"),
+    **dict.fromkeys(_BINARY, ("input", "other")),
     "pow": ("input", "exponent"),
     "neg": ("input",),
+    "bitwise_not": ("input",),
     "getitem": ("input", "index"),
     "setitem": ("input", "index", "value"),
 }
@@ -110,15 +121,24 @@ DISPATCHED: dict[Function, Function] = {
     F.adaptive_max_pool1d: F.adaptive_max_pool1d_with_indices,
     F.adaptive_max_pool2d: F.adaptive_max_pool2d_with_indices,
     F.adaptive_max_pool3d: F.adaptive_max_pool3d_with_indices,
+    F.fractional_max_pool2d: F.fractional_max_pool2d_with_indices,
+    F.fractional_max_pool3d: F.fractional_max_pool3d_with_indices,
 }
 """Functions that hide their parameters -> one that has the same."""
 
+DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, drop_path)
+"""Operators that do nothing where they do not train."""
+
 PROBABILITIES: dict[Function, str] = {
-    **dict.fromkeys((F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout), "p"),
+    **dict.fromkeys(DROPOUTS, "p"),
     F.scaled_dot_product_attention: "dropout_p",
+    F.multi_head_attention_forward: "dropout_p",
     drop_path: "drop_prob",
 }
 """Operators that draw only where this option is not 0."""
+
+DRAWING = (F.gumbel_softmax, F.fractional_max_pool2d, F.fractional_max_pool3d)
+"""Functions written in Python that draw, which no schema tells."""
 
 
 class Bound(NamedTuple):
@@ -171,7 +191,7 @@ def schemas_of(target: Function | str) -> tuple[Schema, ...]:
 
 
 def _is_python(function: Function) -> bool:
-    """Whether a function is one of `torch.nn.functional` or `torch` that is written in Python and stands for an ATen operator."""
+    """Whether a function is one of `torch.nn.functional`, or one of `torch` that stands for an ATen operator, written in Python."""
     name = getattr(function, "__name__", "")
     homes = (getattr(F, name, None), getattr(torch, name, None))
     return inspect.isfunction(function) and function in homes and bool(function_of(name))
@@ -192,7 +212,7 @@ def function_of(name: str) -> Any:
         return _FUNCTIONS[name]
     for home in (F, torch, torch.Tensor):
         found = getattr(home, name, None)
-        if callable(found) and (aten_schemas(name) or found in PROBABILITIES):
+        if callable(found) and (aten_schemas(name) or getattr(found, "__module__", None) == F.__name__):
             return found
     return getattr(torch.ops.aten, name, None) if aten_schemas(name) else None
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from s2a_fx.nn.random_numbers import Drawing
 from s2a_fx.nn.recompute import needs_grad
 from s2a_fx.ops import activation
 from s2a_fx.ops.dropout import dropout
@@ -54,7 +55,7 @@ class MaskedActivation(nn.Module):
         return ", ".join([self.name, *map(str, self.options)])
 
 
-class CodedDropout(nn.Module):
+class CodedDropout(Drawing):
     """Dropout that keeps one bit an element; exact."""
 
     def __init__(self, p: float) -> None:
@@ -68,6 +69,9 @@ class CodedDropout(nn.Module):
 
     def inference_form(self, x: torch.Tensor) -> torch.Tensor:
         return x
+
+    def draws(self) -> bool:
+        return self.p > 0
 
     def extra_repr(self) -> str:
         return f"p={self.p}"

@@ -11,23 +11,32 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from timm.layers.drop import drop_path
 from torch import fx, nn
 
 from s2a_fx.analysis.activations import dropout_probability
 from s2a_fx.graph import torch_internals
-from s2a_fx.graph.calls import call_of
+from s2a_fx.graph.calls import call_of, canonical, operator_of
 from s2a_fx.graph.flow import attribute, dependent_nodes
+from s2a_fx.graph.leaf import only_drops, only_rearranges
 from s2a_fx.graph.regions import modules_within
 from s2a_fx.nn.ghost import can_be_ghost
 from s2a_fx.nn.random_numbers import may_draw
 from s2a_fx.nn.recomputed_branch import Norm
 
-_ADDS = (operator.add, operator.iadd, torch.add, "add", "add_")
-_VIEWS = ("view", "reshape", "permute", "transpose", "contiguous", "flatten", "unflatten", "squeeze", "unsqueeze")
-_VIEW_FUNCTIONS = (operator.getitem, torch.permute, torch.reshape, torch.flatten, torch.roll, torch.transpose)
-_TIMM_VIEWS = ("window_partition", "window_reverse", "window_partition_nchw", "window_reverse_nchw")
-_REDUCTIONS = ("mean", "sum", "amax", "amin", "max", "min", "var", "std", "softmax", "log_softmax", "cumsum", "norm", "flip")
-_SCALES = (operator.mul, torch.mul, "mul", "mul_")
+_REARRANGES = (torch.roll, operator.getitem)
+"""Beside views: what returns elements of its operand, and computes nothing of them."""
+
+_COMBINES = frozenset(
+    map(
+        canonical,
+        (
+            torch.mean, torch.sum, torch.amax, torch.amin, torch.max, torch.min, torch.var, torch.std, torch.prod, torch.logsumexp,
+            torch.cumsum, torch.norm, torch.linalg.vector_norm, F.normalize, F.softmax, F.log_softmax, torch.flip, torch.roll,
+        ),
+    )
+)  # fmt: skip
+"""Operators that let elements meet along the dimensions that they are given, or along all of them."""
 
 
 @dataclass(frozen=True)
@@ -73,22 +82,14 @@ def normalized_branches(gm: fx.GraphModule) -> tuple[NormalizedBranch, ...]:
 
 def normalization(gm: fx.GraphModule, node: fx.Node) -> tuple[Norm, str | None, str | None] | None:
     """The rule of a layer or RMS norm over the last dimension, and the names of its weight and bias; None for other nodes."""
-    if node.op == "call_function" and node.target in (F.layer_norm, F.rms_norm):
-        biased = ("bias",) if node.target is F.layer_norm else ()
-        names = ("input", "normalized_shape", "weight", *biased, "eps")
-        given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-        weight, bias, eps = given.get("weight"), given.get("bias"), given.get("eps")
-        parameters = [p for p in (weight, bias) if p is not None]
-        if len(given["normalized_shape"]) != 1 or eps is None or any(p.op != "get_attr" for p in parameters):  # type: ignore[arg-type, union-attr]
-            return None
-        targets = [None if p is None else str(p.target) for p in (weight, bias)]  # type: ignore[union-attr]
-        return Norm(float(eps), node.target is F.layer_norm), targets[0], targets[1]  # type: ignore[arg-type]
-    module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
-    if type(module) is nn.LayerNorm and len(module.normalized_shape) == 1:
-        weight = f"{node.target}.weight" if module.weight is not None else None
-        bias = f"{node.target}.bias" if module.bias is not None else None
-        return Norm(module.eps), weight, bias
-    return None
+    call = call_of(gm, node)
+    if call is None or call.operator not in (F.layer_norm, F.rms_norm):
+        return None
+    weight, bias = (call.path_of(name) for name in ("weight", "bias"))
+    computed = sum(name in call.operands for name in ("weight", "bias")) > sum(path is not None for path in (weight, bias))
+    if computed or len(call.options["normalized_shape"]) != 1 or call.options["eps"] is None:
+        return None
+    return Norm(float(call.options["eps"]), call.operator is F.layer_norm), weight, bias
 
 
 def _is_tensor(node: fx.Node) -> bool:
@@ -176,7 +177,7 @@ def _output(
 ) -> fx.Node | None:
     """The last node through which alone the region is read, less what follows it and keeps nothing; None if no add reads it."""
     for node in sorted(region - {norm}, key=order.__getitem__, reverse=True):
-        if not _is_tensor(node) or not _feeds_add(node, region):
+        if not _is_tensor(node) or not _feeds_add(gm, node, region):
             continue
         inside = _ancestors(node, region)
         if norm in inside and all(user in inside for n in inside - {node} for user in n.users):
@@ -184,10 +185,11 @@ def _output(
     return None
 
 
-def _feeds_add(node: fx.Node, region: set[fx.Node]) -> bool:
+def _feeds_add(gm: fx.GraphModule, node: fx.Node, region: set[fx.Node]) -> bool:
     """Whether every reader adds the node to another activation."""
     return bool(node.users) and all(
-        user.target in _ADDS and any(o not in region and _is_tensor(o) for o in user.all_input_nodes) for user in node.users
+        operator_of(gm, user) is torch.add and any(o not in region and _is_tensor(o) for o in user.all_input_nodes)
+        for user in node.users
     )
 
 
@@ -202,13 +204,12 @@ def _trimmed(gm: fx.GraphModule, node: fx.Node, norm: fx.Node, dependent: set[fx
 
 
 def _keeps_nothing(gm: fx.GraphModule, node: fx.Node, dependent: set[fx.Node]) -> bool:
-    if node.op == "call_module":
-        module = gm.get_submodule(str(node.target))
-        frozen = not any(p.requires_grad for p in module.parameters())
-        return dropout_probability(call_of(gm, node)) is not None or (
-            type(module).__name__ in ("DropPath", "LayerScale") and frozen
-        )
-    return node.target in _SCALES and any(_is_frozen(gm, o, dependent) for o in node.all_input_nodes)
+    call = call_of(gm, node)
+    if call is None:  # a model's own drop path
+        return node.op == "call_module" and not list(gm.get_submodule(str(node.target)).parameters()) and only_drops(gm, node)
+    if call.operator is torch.mul:
+        return any(_is_frozen(gm, o, dependent) for o in node.all_input_nodes)
+    return call.operator is drop_path or dropout_probability(call) is not None
 
 
 def _is_frozen(gm: fx.GraphModule, node: fx.Node, dependent: set[fx.Node]) -> bool:
@@ -237,11 +238,10 @@ def _tail(gm: fx.GraphModule, nodes: tuple[fx.Node, ...], inside: set[fx.Node]) 
 
 
 def _is_view(gm: fx.GraphModule, node: fx.Node) -> bool:
-    if node.op == "call_module":
-        return dropout_probability(call_of(gm, node)) is not None
-    if node.op == "call_method":
-        return node.target in _VIEWS
-    return node.target in _VIEW_FUNCTIONS or getattr(node.target, "__name__", "") in _TIMM_VIEWS
+    call = call_of(gm, node)
+    if call is None:  # the windows of a Swin, which timm does not let a trace see through
+        return node.op == "call_function" and only_rearranges(gm, node)
+    return call.is_view or call.operator in _REARRANGES or dropout_probability(call) is not None
 
 
 def runs_once(module: nn.Module) -> bool:
@@ -254,17 +254,11 @@ def runs_once(module: nn.Module) -> bool:
 
 def _mixes_images(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Whether a node may reach across the first dimension: a reduction, a softmax or a roll along it, or an attention module."""
-    if node.op == "call_module":
-        return isinstance(gm.get_submodule(str(node.target)), nn.MultiheadAttention | nn.Softmax) and not _is_over_last(gm, node)
-    name = getattr(node.target, "__name__", str(node.target))
-    dims = node.kwargs.get("dim", node.kwargs.get("dims", node.args[1] if len(node.args) > 1 else None))
-    if name in _REDUCTIONS:
-        return dims is None or 0 in (dims if isinstance(dims, list | tuple) else (dims,))
-    if name == "roll":
-        dims = node.kwargs.get("dims", node.args[2] if len(node.args) > 2 else None)
-        return dims is None or 0 in (dims if isinstance(dims, list | tuple) else (dims,))
-    return False
-
-
-def _is_over_last(gm: fx.GraphModule, node: fx.Node) -> bool:
-    return getattr(gm.get_submodule(str(node.target)), "dim", None) == -1
+    if node.op == "call_module" and isinstance(gm.get_submodule(str(node.target)), nn.MultiheadAttention):
+        return True
+    call = call_of(gm, node)
+    if call is None or call.operator not in _COMBINES or "other" in call.operands:  # the larger of two tensors
+        return False
+    dims = call.options.get("dims", call.options.get("dim"))
+    rank = call.input.meta["val"].ndim
+    return dims in (None, ()) or any(dim % rank == 0 for dim in (dims if isinstance(dims, tuple) else (dims,)))

@@ -22,7 +22,7 @@ from torch import fx, nn
 
 from s2a_fx.analysis.attention_map import computes_map
 from s2a_fx.errors import PassError
-from s2a_fx.graph.calls import call_of
+from s2a_fx.graph.calls import call_of, operator_of
 from s2a_fx.graph.edit import free_path, insert_call
 from s2a_fx.graph.flow import dependent_nodes
 from s2a_fx.graph.layout import Layout, layout_of
@@ -32,8 +32,6 @@ from s2a_fx.graph.shapes import propagate
 from s2a_fx.graph.structure import Block, stages
 from s2a_fx.nn.visual_prompt import PromptBorder, PromptTokens
 from s2a_fx.passes.base import Pass, a_weight, building_like, require_not_negative, require_positive
-
-_ADDS = (operator.add, operator.iadd, torch.add, "add", "add_")
 
 
 @dataclass(frozen=True)
@@ -142,10 +140,13 @@ class InsertVisualPrompt(Pass):
 
 @dataclass(frozen=True)
 class _Windows:
-    """An attention over windows of a map: its path, map and nodes, the windows (rows, tokens, C) that it reads, what it makes."""
+    """An attention over windows of a map: its path, map and nodes, those that take a bias of the map, the windows (rows, tokens, C)
+    that it reads, what it makes.
+    """
 
     path: str
     map: fx.Node
+    biased: tuple[fx.Node, ...]
     nodes: tuple[fx.Node, ...]
     entry: fx.Node
     readers: tuple[fx.Node, ...]
@@ -155,8 +156,7 @@ class _Windows:
     def biases(self) -> list[tuple[fx.Node, fx.Node]]:
         """What is added to the map of each window, token by token, and the node that adds it."""
         tokens = self.entry.meta["val"].shape[1]
-        adding = [node for node in self.nodes if node.target in _ADDS or node is self.map]
-        added = [(node, bias) for node in adding for bias in node.all_input_nodes if bias not in self.dependent]
+        added = [(node, bias) for node in self.biased for bias in node.all_input_nodes if bias not in self.dependent]
         shapes = {bias: getattr(bias.meta.get("val"), "shape", ()) for _, bias in added}
         return [(node, bias) for node, bias in added if shapes[bias][-2:] == (tokens, tokens)]
 
@@ -205,7 +205,8 @@ def _windows(gm: fx.GraphModule, block: Block) -> _Windows | None:
     if len(entries) != 1 or len(outputs) != 1:
         return None
     (entry,), (output,) = entries, outputs
-    return _Windows(path, maps[0], nodes, entry, tuple(n for n in entry.users if n in nodes), output, dependent)
+    biased = tuple(n for n in nodes if n is maps[0] or operator_of(gm, n) is torch.add)
+    return _Windows(path, maps[0], biased, nodes, entry, tuple(n for n in entry.users if n in nodes), output, dependent)
 
 
 def _attentions(gm: fx.GraphModule, block: Block) -> list[fx.Node]:

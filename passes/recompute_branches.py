@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from s2a_fx.analysis.attention_map import attends
 from s2a_fx.analysis.normalized_branches import NormalizedBranch, normalized_branches
 from s2a_fx.codecs.packing import MULTIPLE
 from s2a_fx.codecs.rows import Rows
@@ -64,14 +65,14 @@ class RecomputeBranches(Pass):
             reason = _refusal(gm, branch, trained)
             if reason:
                 add_note(gm, "RecomputeBranches", branch.norm.name, reason)
-            elif self._wanted(branch):
+            elif self._wanted(gm, branch):
                 self._replace(gm, branch)
                 modified = True
         return modified
 
-    def _wanted(self, branch: NormalizedBranch) -> bool:
+    def _wanted(self, gm: fx.GraphModule, branch: NormalizedBranch) -> bool:
         width = branch.norm.meta["val"].shape[-1]
-        return _kind(branch) in self.kinds and (not self.widest or width <= self.widest)
+        return _kind(gm, branch) in self.kinds and (not self.widest or width <= self.widest)
 
     def _replace(self, gm: fx.GraphModule, branch: NormalizedBranch) -> None:
         body, backward_body = extract_bodies(gm, branch.nodes, (branch.norm, *branch.operands), branch.tail)
@@ -103,9 +104,8 @@ class RecomputeBranches(Pass):
         return max(1, int(self.part_mb * 1e6 / widest))
 
 
-def _kind(branch: NormalizedBranch) -> str:
-    text = " ".join(f"{n.name} {n.target}" for n in branch.nodes).lower()
-    return "attention" if "softmax" in text or "attention" in text or "attn" in text else "mlp"
+def _kind(gm: fx.GraphModule, branch: NormalizedBranch) -> str:
+    return "attention" if any(attends(gm, node) for node in branch.nodes) else "mlp"
 
 
 def _refusal(gm: fx.GraphModule, branch: NormalizedBranch, trained: set[fx.Node]) -> str | None:

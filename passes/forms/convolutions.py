@@ -12,13 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from s2a_fx.graph.calls import call_of
 from s2a_fx.graph.edit import replace_node
 from s2a_fx.nn.coded import FrozenConvolution
-from s2a_fx.nn.coded_norms import CodedMaxPool, pair
+from s2a_fx.nn.coded_norms import CodedMaxPool
 from s2a_fx.nn.ghost import can_be_ghost
 from s2a_fx.ops.max_pool import LARGEST
-
-_POOLINGS = (F.max_pool2d, torch.max_pool2d)
 
 
 def serves_frozen_convolution(gm: fx.GraphModule, node: fx.Node) -> bool:
@@ -56,24 +55,14 @@ def replace_max_pool(gm: fx.GraphModule, node: fx.Node, bits: int) -> None:
 
 def max_pooling(gm: fx.GraphModule, node: fx.Node) -> CodedMaxPool | None:
     """The coded form of the max pooling that a node computes; None for any other node."""
-    if node.op == "call_module":
-        pool = gm.get_submodule(str(node.target))
-        if type(pool) is not nn.MaxPool2d:
-            return None
-        options = [pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode, pool.return_indices]
-    elif node.op == "call_function" and node.target in _POOLINGS:
-        names = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
-        given: dict[str, Any] = {"stride": None, "padding": 0, "dilation": 1, "ceil_mode": False, "return_indices": False}
-        given |= dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-        options = [given[name] for name in names[1:]]
-    else:
+    call = call_of(gm, node)
+    if call is None or call.operator is not F.max_pool2d:
         return None
-    value = node.meta.get("val")
-    if len(node.all_input_nodes) != 1 or options[-1] or not isinstance(value, torch.Tensor) or value.ndim != 4:
+    value, options = node.meta.get("val"), call.options
+    if len(call.nodes) != 1 or options["return_indices"] or not isinstance(value, torch.Tensor) or value.ndim != 4:
         return None
-    kernel, stride, *others, ceil_mode, _ = options
-    rows, columns = pair(kernel)
+    rows, columns = options["kernel_size"]
     if rows * columns > LARGEST:
         return None
-    strides, padding, dilation = (tuple(pair(option)) for option in (stride or kernel, *others))
-    return CodedMaxPool((rows, columns), strides, padding, dilation, ceil_mode=ceil_mode)  # type: ignore[arg-type]
+    strides, padding, dilation = (options[name] for name in ("stride", "padding", "dilation"))
+    return CodedMaxPool((rows, columns), strides, padding, dilation, ceil_mode=options["ceil_mode"])

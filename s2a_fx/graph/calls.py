@@ -286,7 +286,8 @@ def written_value(node: fx.Node) -> Any:
     spelled = spelling(target)
     bound = None if spelled is None else spelled.bind(node.args, dict(node.kwargs))
     given = {**node.kwargs, **({} if bound is None else bound.arguments)}
-    return given.get(name, node.args[0] if node.args else None)
+    value = given.get(name, node.args[0] if node.args else None)
+    return None if isinstance(value, fx.Node) and not is_tensor(value) else value  # a number, which nothing writes to
 
 
 def is_in_place(module: nn.Module) -> bool:

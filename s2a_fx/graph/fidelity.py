@@ -24,9 +24,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from s2a_fx.graph import torch_internals
+from s2a_fx.graph.spellings import ASSIGNED_NAMES
 from s2a_fx.graph.torch_internals import storage_key
 
-_ASSIGNED = {f"aten::{name}_": f"aten::{name}" for name in ("add", "sub", "mul", "div")}
+_ASSIGNED = {f"aten::{name}": f"aten::{plain}" for name, plain in ASSIGNED_NAMES.items()}
 
 Shape = tuple[tuple[int, ...], torch.dtype]
 

@@ -17,7 +17,6 @@ other threads call passes straight through.
 import contextlib
 import functools
 import math
-import operator
 import sys
 import threading
 import traceback
@@ -40,6 +39,7 @@ from s2a_fx.errors import TraceError
 from s2a_fx.graph import hooks
 from s2a_fx.graph.inputs import Signature, Structure
 from s2a_fx.graph.regions import SCOPES, Scope
+from s2a_fx.graph.spellings import ASSIGNMENTS
 from s2a_fx.graph.torch_internals import CHECKPOINT_CODE, autocast_options, checkpoint_options, without_autocast
 
 _LOCK = threading.RLock()
@@ -319,20 +319,13 @@ class _NumberType(type):
 class _Proxy(fx.Proxy):
     """A proxy whose augmented assignments are writes (4): without these methods Python would take `x = x + y` for `x += y`."""
 
-    def _assign(self, function: Any, other: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", function, (self, other), {})
 
-    def __iadd__(self, other: Any) -> fx.Proxy:
-        return self._assign(operator.iadd, other)
+def _assigning(function: Callable[..., Any]) -> Callable[[_Proxy, Any], fx.Proxy]:
+    return lambda proxy, other: proxy.tracer.create_proxy("call_function", function, (proxy, other), {})
 
-    def __isub__(self, other: Any) -> fx.Proxy:
-        return self._assign(operator.isub, other)
 
-    def __imul__(self, other: Any) -> fx.Proxy:
-        return self._assign(operator.imul, other)
-
-    def __itruediv__(self, other: Any) -> fx.Proxy:
-        return self._assign(operator.itruediv, other)
+for _function in ASSIGNMENTS:
+    setattr(_Proxy, f"__{_function.__name__}__", _assigning(_function))
 
 
 class _WeightProxy(_Proxy):

@@ -65,7 +65,7 @@ _BINARY: dict[str, tuple[Function, Function | None]] = {
     "div": (operator.truediv, operator.itruediv),
     "floor_divide": (operator.floordiv, operator.ifloordiv),
     "remainder": (operator.mod, operator.imod),
-    "matmul": (operator.matmul, operator.imatmul),
+    "matmul": (operator.matmul, None),
     "pow": (operator.pow, operator.ipow),
     "bitwise_and": (operator.and_, operator.iand),
     "bitwise_or": (operator.or_, operator.ior),
@@ -81,9 +81,16 @@ _BINARY: dict[str, tuple[Function, Function | None]] = {
 }
 """ATen operator -> Python's of two operands: the one that computes, and the one that writes to its first operand."""
 
+ASSIGNMENTS: dict[Function, Function] = {writing: plain for plain, writing in _BINARY.values() if writing is not None}
+"""Python's operator that writes to its first operand -> the one that computes the same."""
+
+ASSIGNED_NAMES: dict[str, str] = {f"{name}_": name for name, (_, writing) in _BINARY.items() if writing is not None}
+"""The same by ATen's names."""
+
 _PYTHON: dict[Function, tuple[str, str | None]] = {
     **{plain: (name, None) for name, (plain, _) in _BINARY.items()},
     **{writing: (name, "input") for name, (_, writing) in _BINARY.items() if writing is not None},
+    operator.imatmul: ("matmul", None),  # tensors have none of their own: Python takes `x = x @ y` for it
     operator.neg: ("neg", None),
     operator.invert: ("bitwise_not", None),
     operator.getitem: ("getitem", None),

@@ -4,6 +4,7 @@ The graphs are run operator by operator, each tensor freed after its last reader
 are never written: what is saved is exact, the peak is an upper bound.
 """
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -113,7 +114,7 @@ def _saves(plan: Partition, kept: list[Any], ledger: Ledger) -> tuple[SaveRecord
 
 def _maker(node: fx.Node) -> fx.Node:
     """The operator that made a tensor: a tuple's element is its maker's."""
-    while "getitem" in getattr(node.target, "__name__", ""):
+    while node.target is operator.getitem:
         node = node.all_input_nodes[0]
     return node
 

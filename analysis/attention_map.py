@@ -5,7 +5,16 @@ import torch.nn.functional as F
 from torch import fx
 
 from s2a_fx.analysis.activations import dropout_probability
-from s2a_fx.graph.calls import Call, call_of
+from s2a_fx.graph import torch_internals
+from s2a_fx.graph.calls import Call, call_of, canonical, operator_of
+from s2a_fx.graph.leaf import leaf_calls
+from s2a_fx.graph.regions import Region
+from s2a_fx.nn.coded_attention import CodedAttention
+from s2a_fx.nn.quantized import QuantizedAttention, QuantizedSoftmax, QuantizedSoftmaxMatmul
+
+_CODED_MAPS = (CodedAttention, QuantizedAttention, QuantizedSoftmax, QuantizedSoftmaxMatmul)
+_ATEN_MAPS = frozenset(map(canonical, torch_internals.ATTENTION_MAPS))
+"""What a softmax or a fused attention is below autograd."""
 
 
 def product_with_values(gm: fx.GraphModule, softmax: Call) -> tuple[fx.Node, fx.Node, float] | None:
@@ -32,6 +41,17 @@ def product_with_values(gm: fx.GraphModule, softmax: Call) -> tuple[fx.Node, fx.
         assert isinstance(value, fx.Node)
         return (user, value, dropout_p) if value.meta["val"].shape[:-2] == shape[:-2] else None
     return None
+
+
+def attends(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node computes an attention's map, in a module that runs it again or in a leaf, too."""
+    module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+    if isinstance(module, Region):
+        return any(attends(body, inner) for body in module.bodies() for inner in body.graph.nodes)
+    if isinstance(module, _CODED_MAPS) or computes_map(call_of(gm, node)):
+        return True
+    calls = leaf_calls(gm, node) if module is not None and operator_of(gm, node) is None else None
+    return calls is not None and any(operator in _ATEN_MAPS for operator in calls.operators)
 
 
 def computes_map(call: Call | None) -> bool:

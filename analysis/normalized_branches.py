@@ -8,7 +8,6 @@ A branch may read parameters, and what is made of parameters alone (a table of r
 import heapq
 import operator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,18 +16,27 @@ from torch import fx, nn
 
 from s2a_fx.analysis.activations import dropout_probability
 from s2a_fx.graph import torch_internals
-from s2a_fx.graph.calls import call_of
+from s2a_fx.graph.calls import call_of, canonical, operator_of
 from s2a_fx.graph.flow import attribute, dependent_nodes
-from s2a_fx.graph.probe import keeps_nothing, may_draw
+from s2a_fx.graph.leaf import only_drops, only_rearranges
 from s2a_fx.graph.regions import modules_within
 from s2a_fx.nn.ghost import can_be_ghost
+from s2a_fx.nn.random_numbers import may_draw
 from s2a_fx.nn.recomputed_branch import Norm
 
-_MIXES = (
-    torch.mean, torch.sum, torch.amax, torch.amin, torch.max, torch.min, torch.var, torch.std, torch.norm, torch.cumsum,
-    torch.flip, torch.roll, F.softmax, F.log_softmax,
+_REARRANGES = (torch.roll, operator.getitem)
+"""Beside views: what returns elements of its operand, and computes nothing of them."""
+
+_COMBINES = frozenset(
+    map(
+        canonical,
+        (
+            torch.mean, torch.sum, torch.amax, torch.amin, torch.max, torch.min, torch.var, torch.std, torch.prod, torch.logsumexp,
+            torch.cumsum, torch.norm, torch.linalg.vector_norm, F.normalize, F.softmax, F.log_softmax, torch.flip, torch.roll,
+        ),
+    )
 )  # fmt: skip
-"""Operators that reach across the dimensions `dim` or `dims`, across all without."""
+"""Operators that let elements meet along the dimensions that they are given, or along all of them."""
 
 
 @dataclass(frozen=True)
@@ -75,11 +83,11 @@ def normalized_branches(gm: fx.GraphModule) -> tuple[NormalizedBranch, ...]:
 def normalization(gm: fx.GraphModule, node: fx.Node) -> tuple[Norm, str | None, str | None] | None:
     """The rule of a layer or RMS norm over the last dimension, and the names of its weight and bias; None for other nodes."""
     call = call_of(gm, node)
-    if call is None or call.operator not in (F.layer_norm, F.rms_norm) or call.options["eps"] is None:
+    if call is None or call.operator not in (F.layer_norm, F.rms_norm):
         return None
     weight, bias = (call.path_of(name) for name in ("weight", "bias"))
-    computed = [name for name, path in (("weight", weight), ("bias", bias)) if name in call.operands and path is None]
-    if len(call.options["normalized_shape"]) != 1 or computed:
+    computed = sum(name in call.operands for name in ("weight", "bias")) > sum(path is not None for path in (weight, bias))
+    if computed or len(call.options["normalized_shape"]) != 1 or call.options["eps"] is None:
         return None
     return Norm(float(call.options["eps"]), call.operator is F.layer_norm), weight, bias
 
@@ -180,13 +188,9 @@ def _output(
 def _feeds_add(gm: fx.GraphModule, node: fx.Node, region: set[fx.Node]) -> bool:
     """Whether every reader adds the node to another activation."""
     return bool(node.users) and all(
-        _calls(gm, user, torch.add) and any(o not in region and _is_tensor(o) for o in user.all_input_nodes) for user in node.users
+        operator_of(gm, user) is torch.add and any(o not in region and _is_tensor(o) for o in user.all_input_nodes)
+        for user in node.users
     )
-
-
-def _calls(gm: fx.GraphModule, node: fx.Node, *operators: Any) -> bool:
-    call = call_of(gm, node)
-    return call is not None and call.operator in operators
 
 
 def _trimmed(gm: fx.GraphModule, node: fx.Node, norm: fx.Node, dependent: set[fx.Node]) -> fx.Node | None:
@@ -201,10 +205,11 @@ def _trimmed(gm: fx.GraphModule, node: fx.Node, norm: fx.Node, dependent: set[fx
 
 def _keeps_nothing(gm: fx.GraphModule, node: fx.Node, dependent: set[fx.Node]) -> bool:
     call = call_of(gm, node)
-    if call is None:
-        return False
-    scales = call.operator is torch.mul and any(_is_frozen(gm, o, dependent) for o in node.all_input_nodes)
-    return scales or call.operator is drop_path or dropout_probability(call) is not None
+    if call is None:  # a model's own drop path
+        return node.op == "call_module" and not list(gm.get_submodule(str(node.target)).parameters()) and only_drops(gm, node)
+    if call.operator is torch.mul:
+        return any(_is_frozen(gm, o, dependent) for o in node.all_input_nodes)
+    return call.operator is drop_path or dropout_probability(call) is not None
 
 
 def _is_frozen(gm: fx.GraphModule, node: fx.Node, dependent: set[fx.Node]) -> bool:
@@ -233,11 +238,10 @@ def _tail(gm: fx.GraphModule, nodes: tuple[fx.Node, ...], inside: set[fx.Node]) 
 
 
 def _is_view(gm: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether a node moves or shows what it reads, as a dropout's gradient does: its operand's values are not needed."""
     call = call_of(gm, node)
-    if call is None:
-        return node.op == "call_function" and keeps_nothing(node)
-    return call.is_view or call.operator in (operator.getitem, torch.roll) or dropout_probability(call) is not None
+    if call is None:  # the windows of a Swin, which timm does not let a trace see through
+        return node.op == "call_function" and only_rearranges(gm, node)
+    return call.is_view or call.operator in _REARRANGES or dropout_probability(call) is not None
 
 
 def runs_once(module: nn.Module) -> bool:
@@ -253,8 +257,8 @@ def _mixes_images(gm: fx.GraphModule, node: fx.Node) -> bool:
     if node.op == "call_module" and isinstance(gm.get_submodule(str(node.target)), nn.MultiheadAttention):
         return True
     call = call_of(gm, node)
-    if call is None or call.operator not in _MIXES:
+    if call is None or call.operator not in _COMBINES or "other" in call.operands:  # the larger of two tensors
         return False
-    given = call.options.get("dim", call.options.get("dims"))
-    dims = given if isinstance(given, tuple) else (given,)
-    return not dims or None in dims or any(d % node.all_input_nodes[0].meta["val"].ndim == 0 for d in dims)
+    dims = call.options.get("dims", call.options.get("dim"))
+    rank = call.input.meta["val"].ndim
+    return dims in (None, ()) or any(dim % rank == 0 for dim in (dims if isinstance(dims, tuple) else (dims,)))

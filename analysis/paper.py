@@ -14,17 +14,14 @@ normalization and activation; the low-rank prompt; gradients, optimizer state an
 of a report leave nothing out.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import fx
 
-from s2a_fx.graph.calls import call_of
-from s2a_fx.graph.flow import trained_nodes
+from s2a_fx.graph.calls import call_of, operator_of
+from s2a_fx.graph.flow import attribute, trained_nodes
 from s2a_fx.graph.provenance import module_stack
 from s2a_fx.graph.structure import residual_blocks
-from s2a_fx.graph.torch_internals import BatchNorm, Convolution
 from s2a_fx.nn.checkpointed import Checkpointed
 from s2a_fx.nn.coded import CodedActivation, CodedLayerNorm, MaskedActivation
 from s2a_fx.nn.coded_attention import CodedAttention
@@ -41,8 +38,9 @@ from s2a_fx.nn.quantized import (
 )
 from s2a_fx.nn.recomputed_branch import RecomputedBranch
 
-_PARAMETRIC_MODULES = (nn.Linear, Convolution, nn.LayerNorm, nn.GroupNorm, BatchNorm)
-_PARAMETRIC_FUNCTIONS = (F.linear, F.conv2d, F.layer_norm, F.group_norm, F.batch_norm)
+_CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+_PARAMETRIC = (F.linear, *_CONVOLUTIONS, F.layer_norm, F.group_norm, F.batch_norm)
+_NON_PARAMETRIC = (F.gelu, F.silu, F.relu, F.softmax)
 
 
 def paper_bytes(gm: fx.GraphModule) -> int:
@@ -66,12 +64,12 @@ def _backbone_through_which_gradients_flow(gm: fx.GraphModule, trained: set[fx.N
 
 
 def _trains_its_weight(gm: fx.GraphModule, node: fx.Node) -> bool:
-    if node.op == "call_module":
-        module: Any = gm.get_submodule(str(node.target))
-        return isinstance(module, _PARAMETRIC_MODULES) and module.weight is not None and module.weight.requires_grad
+    if operator_of(gm, node) not in _PARAMETRIC:
+        return False
     call = call_of(gm, node)
-    weight = None if call is None or call.operator not in _PARAMETRIC_FUNCTIONS else call.path_of("weight")
-    return weight is not None and gm.get_parameter(weight).requires_grad
+    path = f"{node.target}.weight" if call is None else call.path_of("weight")  # of a class derived from such a layer
+    weight = None if path is None else attribute(gm, path)
+    return isinstance(weight, torch.Tensor) and weight.requires_grad
 
 
 def _in_side_branch(node: fx.Node) -> bool:
@@ -83,14 +81,14 @@ def _is_coded_input(gm: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _normalizes_side_branch(gm: fx.GraphModule, node: fx.Node) -> bool:
-    return _in_side_branch(node) and not isinstance(gm.get_submodule(str(node.target)), Convolution)
+    return _in_side_branch(node) and operator_of(gm, node) not in _CONVOLUTIONS
 
 
 def _kept_bits(gm: fx.GraphModule, node: fx.Node) -> int:
     call = call_of(gm, node)
     if call is not None and call.operator is F.scaled_dot_product_attention:
         return _map_elements(*call.nodes[:2]) * 32
-    if call is not None and call.operator in (F.gelu, F.silu, F.relu, F.softmax):
+    if call is not None and call.operator in _NON_PARAMETRIC:
         return _elements(call.input) * 32
     module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
     if isinstance(module, QuantizedReLU):

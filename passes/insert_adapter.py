@@ -10,10 +10,11 @@ Leaves alone, with a note: a branch that is neither tokens nor a map with known 
 
 from dataclasses import dataclass
 
-from timm.layers import DropPath
+from timm.layers.drop import drop_path
 from torch import fx, nn
 
 from s2a_fx.errors import InputError, PassError
+from s2a_fx.graph.calls import operator_of
 from s2a_fx.graph.edit import free_path, splice_module
 from s2a_fx.graph.layout import Layout, layout_of
 from s2a_fx.graph.metadata import add_note
@@ -72,6 +73,6 @@ class InsertAdapter(Pass):
 def _before_drop_path(gm: fx.GraphModule, branch: Branch) -> tuple[fx.Node, fx.Node]:
     """The branch's value before what drops it as a whole, and its reader."""
     value, reader = branch.value, branch.add
-    while value.op == "call_module" and isinstance(gm.get_submodule(str(value.target)), (nn.Identity, DropPath)):
+    while operator_of(gm, value) in (nn.Identity, drop_path):
         value, reader = value.all_input_nodes[0], value
     return value, reader

@@ -21,7 +21,7 @@ from torch import fx, nn
 
 from s2a_fx.analysis.attention_map import computes_map
 from s2a_fx.errors import PassError
-from s2a_fx.graph.calls import call_of
+from s2a_fx.graph.calls import call_of, operator_of
 from s2a_fx.graph.edit import free_path, insert_call
 from s2a_fx.graph.flow import dependent_nodes
 from s2a_fx.graph.layout import Layout, layout_of
@@ -66,7 +66,7 @@ class InsertVisualPrompt(Pass):
 
     def _check(self, gm: fx.GraphModule, place: "_Place") -> None:
         """Raise `PassError` if the block does not run on more tokens; the graph is left as it is."""
-        wider = self._wider(gm, place)
+        wider = self._wider(place)
         before = {node: node.meta["val"] for node in (*wider, *place.nodes)}
         for node in place.nodes:
             del node.meta["val"]
@@ -84,12 +84,12 @@ class InsertVisualPrompt(Pass):
             for node, value in before.items():
                 node.meta["val"] = value
 
-    def _wider(self, gm: fx.GraphModule, place: "_Place") -> dict[fx.Node, tuple[int, ...]]:
+    def _wider(self, place: "_Place") -> dict[fx.Node, tuple[int, ...]]:
         """What becomes wider by prompts, and how much at which end, as `F.pad` takes it."""
         if place.layout.order == "BNC":
             return {place.block.entry: (0, 0, self.tokens, 0)}
         if place.windows is not None:
-            biases = {bias: (self.tokens, 0, self.tokens, 0) for _, bias in place.windows.biases(gm)}
+            biases = {bias: (self.tokens, 0, self.tokens, 0) for _, bias in place.windows.biases()}
             return {place.windows.entry: (0, 0, self.tokens, 0), **biases}
         return {place.block.entry: (1, 1, 1, 1) if place.layout.order == "BCHW" else (0, 0, 1, 1, 1, 1)}
 
@@ -123,7 +123,7 @@ class InsertVisualPrompt(Pass):
         with building_like(a_weight(gm)) as factory:
             prompt = PromptTokens(self.tokens, channels, **factory)
         _read_through(gm, windows.path, prompt, windows.entry, windows.readers, inside=True)
-        for node, bias in windows.biases(gm):
+        for node, bias in windows.biases():
             with gm.graph.inserting_before(node):  # prompts have no place: they are as near to one token as to another
                 wider = gm.graph.call_function(F.pad, (bias, (self.tokens, 0, self.tokens, 0)))
             wider.meta["nn_module_stack"] = node.meta["nn_module_stack"]
@@ -136,21 +136,23 @@ class InsertVisualPrompt(Pass):
 
 @dataclass(frozen=True)
 class _Windows:
-    """An attention over windows of a map: its path, map and nodes, the windows (rows, tokens, C) that it reads, what it makes."""
+    """An attention over windows of a map: its path, map and nodes, those that take a bias of the map, the windows (rows, tokens, C)
+    that it reads, what it makes.
+    """
 
     path: str
     map: fx.Node
+    biased: tuple[fx.Node, ...]
     nodes: tuple[fx.Node, ...]
     entry: fx.Node
     readers: tuple[fx.Node, ...]
     output: fx.Node
     dependent: set[fx.Node]
 
-    def biases(self, gm: fx.GraphModule) -> list[tuple[fx.Node, fx.Node]]:
+    def biases(self) -> list[tuple[fx.Node, fx.Node]]:
         """What is added to the map of each window, token by token, and the node that adds it."""
         tokens = self.entry.meta["val"].shape[1]
-        adding = [node for node in self.nodes if _adds(gm, node) or node is self.map]
-        added = [(node, bias) for node in adding for bias in node.all_input_nodes if bias not in self.dependent]
+        added = [(node, bias) for node in self.biased for bias in node.all_input_nodes if bias not in self.dependent]
         shapes = {bias: getattr(bias.meta.get("val"), "shape", ()) for _, bias in added}
         return [(node, bias) for node, bias in added if shapes[bias][-2:] == (tokens, tokens)]
 
@@ -199,7 +201,8 @@ def _windows(gm: fx.GraphModule, block: Block) -> _Windows | None:
     if len(entries) != 1 or len(outputs) != 1:
         return None
     (entry,), (output,) = entries, outputs
-    return _Windows(path, maps[0], nodes, entry, tuple(n for n in entry.users if n in nodes), output, dependent)
+    biased = tuple(n for n in nodes if n is maps[0] or operator_of(gm, n) is torch.add)
+    return _Windows(path, maps[0], biased, nodes, entry, tuple(n for n in entry.users if n in nodes), output, dependent)
 
 
 def _attentions(gm: fx.GraphModule, block: Block) -> list[fx.Node]:
@@ -233,8 +236,3 @@ def _read_through(
         call = insert_call(gm, path, prompt, (value,), like=min(readers) if inside else None)
     for reader in readers:
         reader.replace_input_with(value, call)
-
-
-def _adds(gm: fx.GraphModule, node: fx.Node) -> bool:
-    call = call_of(gm, node)
-    return call is not None and call.operator is torch.add

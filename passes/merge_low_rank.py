@@ -8,16 +8,16 @@ Leaves alone: layers whose output is read elsewhere, too; weights with a reader 
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 
 from s2a_fx.graph.calls import call_of
 from s2a_fx.graph.flow import attribute, eliminate_dead_code
-from s2a_fx.nn.coded import CONVOLUTIONS
 from s2a_fx.nn.ghost import can_be_ghost
 
+_LAYERS = (F.linear, F.conv1d, F.conv2d, F.conv3d)
 _POINTWISE = ((), ((1, 1), (0, 0), (1, 1)))  # strides, padding and dilation of B: of a linear layer, of a 1x1 convolution
 
 
@@ -84,13 +84,10 @@ def _merge(gm: fx.GraphModule, path: str, group: list[_Beside]) -> None:
 
 
 def _beside(gm: fx.GraphModule, node: fx.Node) -> _Beside | None:
-    call_of_sum = call_of(gm, node)
-    if call_of_sum is None or call_of_sum.operator is not torch.add or call_of_sum.options["alpha"] != 1:
+    add = call_of(gm, node)
+    if add is None or add.operator is not torch.add or add.in_place or len(add.nodes) != 2 or add.options["alpha"] != 1:
         return None
-    terms: tuple[Any, ...] = call_of_sum.nodes
-    if len(terms) != 2:
-        return None
-    for call, term in (terms, terms[::-1]):
+    for call, term in (add.nodes, add.nodes[::-1]):
         scale, added = _unscaled(gm, term)
         layer, up = _layer(gm, call), _layer(gm, added)
         down = _layer(gm, up.x) if up is not None else None
@@ -103,9 +100,8 @@ def _beside(gm: fx.GraphModule, node: fx.Node) -> _Beside | None:
 
 def _unscaled(gm: fx.GraphModule, term: fx.Node) -> tuple[float, fx.Node]:
     call = call_of(gm, term)
-    if call is not None and call.operator is torch.mul and isinstance(scale := call.options.get("other"), int | float):
-        return float(scale), call.input
-    return 1.0, term
+    scale = call.options.get("other") if call is not None and call.operator is torch.mul and not call.in_place else None
+    return (float(scale), call.input) if call is not None and isinstance(scale, int | float) else (1.0, term)
 
 
 def _fits(layer: _Layer, down: _Layer, up: _Layer) -> bool:
@@ -116,16 +112,12 @@ def _fits(layer: _Layer, down: _Layer, up: _Layer) -> bool:
 
 
 def _layer(gm: fx.GraphModule, node: fx.Node) -> _Layer | None:
-    if node.op == "call_module":
-        module: Any = gm.get_submodule(str(node.target))
-        if not can_be_ghost(module) or getattr(module, "groups", 1) != 1:
-            return None
-        options = () if isinstance(module, nn.Linear) else (module.stride, module.padding, module.dilation)
-        return _Layer(node.all_input_nodes[0], f"{node.target}.weight", module.weight, options, module.bias is not None)
-    if node.target not in CONVOLUTIONS.values() or len(node.args) != 7:  # another than the plain form of a `FrozenConvolution`
+    call = call_of(gm, node)
+    path = call.path_of("weight") if call is not None and call.operator in _LAYERS else None
+    if call is None or path is None or (node.op == "call_module" and not can_be_ghost(gm.get_submodule(str(node.target)))):
         return None
-    arguments: tuple[Any, ...] = node.args
-    x, weight, bias, stride, padding, dilation, groups = arguments
-    if weight.op != "get_attr" or groups != 1 or not all(isinstance(n, tuple) for n in (stride, padding, dilation)):
+    names = () if call.operator is F.linear else ("stride", "padding", "dilation")
+    options = tuple(call.options[name] for name in names)
+    if call.options.get("groups", 1) != 1 or not all(isinstance(option, tuple) for option in options):
         return None
-    return _Layer(x, weight.target, attribute(gm, weight.target), (stride, padding, dilation), bias is not None)
+    return _Layer(call.input, path, attribute(gm, path), options, "bias" in call.operands)

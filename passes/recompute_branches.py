@@ -14,12 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from s2a_fx.analysis.attention_map import computes_map
+from s2a_fx.analysis.attention_map import attends
 from s2a_fx.analysis.normalized_branches import NormalizedBranch, normalized_branches
 from s2a_fx.codecs.packing import MULTIPLE
 from s2a_fx.codecs.rows import Rows
 from s2a_fx.errors import InputError
-from s2a_fx.graph.calls import call_of
 from s2a_fx.graph.edit import free_path, insert_call, snake_case
 from s2a_fx.graph.flow import trained_nodes
 from s2a_fx.graph.metadata import add_note
@@ -106,7 +105,7 @@ class RecomputeBranches(Pass):
 
 
 def _kind(gm: fx.GraphModule, branch: NormalizedBranch) -> str:
-    return "attention" if any(computes_map(call_of(gm, node)) for node in branch.nodes) else "mlp"
+    return "attention" if any(attends(gm, node) for node in branch.nodes) else "mlp"
 
 
 def _refusal(gm: fx.GraphModule, branch: NormalizedBranch, trained: set[fx.Node]) -> str | None:

@@ -11,6 +11,7 @@ Passes are in `s2a_fx.passes`, analyses in `s2a_fx.analysis`, recipes in `s2a_fx
 from s2a_fx.analyze import analyze, compare
 from s2a_fx.errors import AdapterError, InputError, PassError, S2AError, ShapeError, TraceError
 from s2a_fx.finalize import finalize
+from s2a_fx.graph.calls import Call, find_calls
 from s2a_fx.graph.capture import trace
 from s2a_fx.graph.inputs import Inputs
 from s2a_fx.recipes import RECIPES
@@ -22,6 +23,7 @@ from s2a_fx.version import __version__
 __all__ = [
     "RECIPES",
     "AdapterError",
+    "Call",
     "Comparison",
     "InputError",
     "Inputs",
@@ -35,6 +37,7 @@ __all__ = [
     "analyze",
     "compare",
     "finalize",
+    "find_calls",
     "load_adapter",
     "read_adapter",
     "save_adapter",

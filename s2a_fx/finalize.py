@@ -14,26 +14,20 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from timm.layers import DropPath
 from torch import fx, nn
 
 from s2a_fx.errors import InputError
 from s2a_fx.graph import torch_internals
 from s2a_fx.graph.call_code import CallCode
-from s2a_fx.graph.calls import call_of, written_operand
+from s2a_fx.graph.calls import Call, call_of, is_in_place, written_operand
 from s2a_fx.graph.capture import share_weights
 from s2a_fx.graph.edit import free_path
 from s2a_fx.graph.flow import attribute, eliminate_dead_code
+from s2a_fx.graph.spellings import DROPOUTS
 from s2a_fx.graph.torch_internals import free_source_with, has_hooks
 from s2a_fx.nn.recompute import Recomputed
 from s2a_fx.passes.merge_low_rank import merge_low_rank
 from s2a_fx.sharded import is_spread
-
-_DROPS = (
-    nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout, DropPath,
-)  # fmt: skip
-_DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
 
 
 def finalize(gm: fx.GraphModule) -> fx.GraphModule:
@@ -159,7 +153,7 @@ class _Inference(fx.Interpreter):
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         module: Any = self.fetch_attr(target)
-        if _is_constant(target, args, kwargs):
+        if not _reads_proxies(args, kwargs) and not is_in_place(module):
             return module(*args, **kwargs)
         plain = isinstance(module, Recomputed) or hasattr(module, "inference_form")
         if plain and has_hooks(module):
@@ -172,10 +166,14 @@ class _Inference(fx.Interpreter):
 
 
 def _is_constant(target: Any, args: Any, kwargs: Any) -> bool:
-    """Whether a call reads no proxy, and overwrites nothing."""
+    """Whether a call of a function or method reads no proxy, and overwrites nothing."""
+    return not _reads_proxies(args, kwargs) and written_operand(target, args, kwargs) is None
+
+
+def _reads_proxies(args: Any, kwargs: Any) -> bool:
     proxies: list[fx.Proxy] = []
     fx.node.map_aggregate((args, kwargs), lambda a: proxies.append(a) if isinstance(a, fx.Proxy) else a)
-    return not proxies and written_operand(target, args, kwargs) is None
+    return bool(proxies)
 
 
 def _is_ours(function: Callable[..., Any]) -> bool:
@@ -184,16 +182,12 @@ def _is_ours(function: Callable[..., Any]) -> bool:
 
 def _leave_out_what_does_nothing(gm: fx.GraphModule) -> None:
     for node in list(gm.graph.nodes):
-        if _is_idle_module(gm, node) or _is_idle_dropout(gm, node):
-            node.replace_all_uses_with(node.all_input_nodes[0])
+        call = call_of(gm, node)
+        if call is not None and _is_idle(call) and not (node.op == "call_module" and has_hooks(gm.get_submodule(str(node.target)))):
+            node.replace_all_uses_with(call.input)
             gm.graph.erase_node(node)
 
 
-def _is_idle_module(gm: fx.GraphModule, node: fx.Node) -> bool:
-    module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
-    return module is not None and type(module) in _DROPS and not has_hooks(module)  # a class derived from one may do more
-
-
-def _is_idle_dropout(gm: fx.GraphModule, node: fx.Node) -> bool:
-    call = call_of(gm, node) if node.op == "call_function" else None
-    return call is not None and call.operator in _DROPOUTS and call.options["training"] is False
+def _is_idle(call: Call) -> bool:
+    """Whether a call does nothing in eval mode."""
+    return call.operator is nn.Identity or (call.operator in DROPOUTS and not call.eval_options["training"])

@@ -13,6 +13,7 @@ import torchvision
 from small_models import SMALL, small_model
 from steps import Twice, layers
 from timm.layers import DropPath
+from timm.layers.drop import drop_path
 from torch import nn
 
 import s2a_fx
@@ -346,3 +347,35 @@ def test_torchvision_s_windowed_models(name, recipe):
     for images in (2, 3):
         x = torch.randn(images, 3, 64, 64)
         torch.testing.assert_close(finalized(x), gm(x), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["vit", "swin", "convnext"])
+def test_a_finalized_model_is_compressed_again(family):
+    model, x = small_model(family)
+    plain = s2a_fx.finalize(s2a_fx.transform(model, x, "bias+compress"))
+    again = s2a_fx.transform(plain, x, "bias+compress").eval()
+    assert_equal_outputs(again(x), plain(x))
+
+
+@pytest.mark.parametrize(
+    ("dropout", "is_idle"),
+    [
+        (lambda x, training: F.dropout(x, 0.5, training), True),
+        (lambda x, training: F.dropout(x, p=0.5, training=training, inplace=True), True),
+        (lambda x, training: drop_path(x, 0.5, training), True),
+        (lambda x, training: torch.dropout(x, 0.5, training), True),
+        (lambda x, training: F.dropout(x, 0.5), False),
+    ],
+)
+def test_what_drops_nothing_in_eval_mode_is_left_out_however_it_is_spelled(dropout, is_idle):
+    class Dropped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.head(dropout(2 * x, self.training))
+
+    model, x = Dropped(), torch.randn(4, 8)
+    plain = s2a_fx.finalize(s2a_fx.transform(model, x, []))
+    assert (len(s2a_fx.find_calls(plain, drop_path)) + len(s2a_fx.find_calls(plain, F.dropout)) == 0) is is_idle

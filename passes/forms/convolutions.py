@@ -15,7 +15,7 @@ from torch import fx, nn
 from s2a_fx.graph.calls import call_of
 from s2a_fx.graph.edit import replace_node
 from s2a_fx.nn.coded import FrozenConvolution
-from s2a_fx.nn.coded_norms import CodedMaxPool, pair
+from s2a_fx.nn.coded_norms import CodedMaxPool
 from s2a_fx.nn.ghost import can_be_ghost
 from s2a_fx.ops.max_pool import LARGEST
 
@@ -56,14 +56,13 @@ def replace_max_pool(gm: fx.GraphModule, node: fx.Node, bits: int) -> None:
 def max_pooling(gm: fx.GraphModule, node: fx.Node) -> CodedMaxPool | None:
     """The coded form of the max pooling that a node computes; None for any other node."""
     call = call_of(gm, node)
-    value = node.meta.get("val")
-    if call is None or call.operator is not F.max_pool2d or call.options["return_indices"]:
+    if call is None or call.operator is not F.max_pool2d:
         return None
-    if not isinstance(value, torch.Tensor) or value.ndim != 4:
+    value, options = node.meta.get("val"), call.options
+    if len(call.nodes) != 1 or options["return_indices"] or not isinstance(value, torch.Tensor) or value.ndim != 4:
         return None
-    kernel, stride, padding, dilation = (call.options[name] for name in ("kernel_size", "stride", "padding", "dilation"))
-    rows, columns = pair(kernel)
+    rows, columns = options["kernel_size"]
     if rows * columns > LARGEST:
         return None
-    strides, paddings, dilations = (tuple(pair(option)) for option in (stride, padding, dilation))
-    return CodedMaxPool((rows, columns), strides, paddings, dilations, ceil_mode=call.options["ceil_mode"])  # type: ignore[arg-type]
+    strides, padding, dilation = (options[name] for name in ("stride", "padding", "dilation"))
+    return CodedMaxPool((rows, columns), strides, padding, dilation, ceil_mode=options["ceil_mode"])

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from s2a_fx.analysis.normalized_branches import runs_once
-from s2a_fx.graph.calls import call_of
+from s2a_fx.graph.calls import is_in_place, operator_of, writes
 from s2a_fx.graph.edit import free_path, insert_call, snake_case
-from s2a_fx.graph.flow import dependent_nodes, has_effects
+from s2a_fx.graph.flow import dependent_nodes
 from s2a_fx.graph.provenance import module_stack, owner_path
 from s2a_fx.graph.regions import modules_within
 from s2a_fx.nn.coded_input import WHOLE, CodedInput, Parts
@@ -27,11 +27,8 @@ def serves_input(gm: fx.GraphModule, node: fx.Node) -> bool:
         return False
     if node.op == "call_module":
         modules = modules_within(gm.get_submodule(str(node.target)))
-        return not any(runs_once(m) or _is_coded(m) or getattr(m, "inplace", False) for m in modules)
-    call = call_of(gm, node)
-    counts = call is not None and "running_mean" in call.operands
-    is_batch_norm = call is not None and call.operator is F.batch_norm
-    return node.op in ("call_function", "call_method") and not (counts or is_batch_norm or has_effects(gm, node))
+        return not any(runs_once(m) or _is_coded(m) or is_in_place(m) for m in modules)
+    return node.op in ("call_function", "call_method") and operator_of(gm, node) is not F.batch_norm and not writes(gm, node)
 
 
 def _is_coded(module: nn.Module) -> bool:

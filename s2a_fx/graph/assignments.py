@@ -7,20 +7,13 @@ Passes may then read x later than the model did. Leaves alone: a tensor that is 
 view, and the model's inputs, parameters and buffers.
 """
 
-import operator
 from typing import Any
 
 import torch
 from torch import fx
 
+from s2a_fx.graph.spellings import ASSIGNMENTS
 from s2a_fx.graph.torch_internals import storage_key
-
-_PLAIN = {
-    operator.iadd: operator.add,
-    operator.isub: operator.sub,
-    operator.imul: operator.mul,
-    operator.itruediv: operator.truediv,
-}
 
 
 def replace_assignments(gm: fx.GraphModule) -> None:
@@ -31,7 +24,7 @@ def replace_assignments(gm: fx.GraphModule) -> None:
         if isinstance(value := node.meta.get("val"), torch.Tensor):
             sharing.setdefault(storage_key(value), []).append(node)
     for node in gm.graph.nodes:
-        plain = _PLAIN.get(node.target) if node.op == "call_function" else None  # type: ignore[arg-type]
+        plain = ASSIGNMENTS.get(node.target) if node.op == "call_function" else None  # type: ignore[arg-type]
         if plain is not None and not _is_seen(node, sharing, order):
             node.target = plain
             node.meta.pop("val", None)

@@ -6,15 +6,13 @@
     x + y, x.add_(y), torch.add(x, y)           operator.*, tensor method: torch.add, `in_place` says of which operand
 
 Operators and their parameters have the names that `torch` and `torch.nn.functional` give them. ATen's schemas tell what a call
-binds, writes to, views and draws; the tables below say only what no schema knows.
+binds, writes to, views and draws; `spellings` says how a function or method is written and bound.
 """
 
-import functools
 import inspect
-import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import timm.layers
 import timm.layers.activations
@@ -23,11 +21,29 @@ import torch.nn.functional as F
 from timm.layers.drop import drop_path
 from torch import fx, nn
 
+from s2a_fx.errors import InputError
 from s2a_fx.graph import torch_internals
-from s2a_fx.graph.torch_internals import Parameter, Schema, aten_name, aten_schemas, schema_of
+from s2a_fx.graph.regions import ScopeRegion
+from s2a_fx.graph.spellings import (
+    ATTRIBUTES,
+    DISPATCHED,
+    DRAWING,
+    LEFT_OUT,
+    PROBABILITIES,
+    Bound,
+    Function,
+    Spelling,
+    is_tensor,
+    name_of,
+    parameters_of,
+    schema_parameters,
+    schemas_of,
+    spelling,
+    value_of,
+)
+from s2a_fx.graph.torch_internals import BatchNorm, Parameter, aten_schemas, schema_of
 from s2a_fx.graph.training_switch import TrainingSwitch
 
-Function = Callable[..., Any]
 Operand = fx.Node | str | tuple[Any, ...]
 """A node; the path of a module's own parameter or buffer; or a sequence of nodes and None, as `torch.cat` takes."""
 
@@ -60,7 +76,7 @@ class Call:
 
     @property
     def input(self) -> fx.Node:
-        """The first operand."""
+        """The first operand, of a call that has one."""
         first = next(iter(self.operands.values()))
         found = first[0] if isinstance(first, tuple) else first
         assert isinstance(found, fx.Node)
@@ -79,97 +95,6 @@ class Call:
         return operand if isinstance(operand, str) else None
 
 
-# ---------------------------------------------------------------------------------------------------------------- tables
-
-_SYNONYMS: dict[str, str] = {
-    **dict.fromkeys(("mm", "bmm"), "matmul"),
-    **dict.fromkeys(("concat", "concatenate"), "cat"),
-    **dict.fromkeys(("swapaxes", "swapdims"), "transpose"),
-    **dict.fromkeys(("divide", "true_divide"), "div"),
-    **dict.fromkeys(("view", "_unsafe_view"), "reshape"),
-    "clip": "clamp",
-    "moveaxis": "movedim",
-    "multiply": "mul",
-    "subtract": "sub",
-    "special_expit": "sigmoid",
-    "special_log_softmax": "log_softmax",
-    "special_softmax": "softmax",
-    "special_logit": "logit",
-}
-"""ATen operator -> the one that computes the same."""
-
-_RENAMED: dict[str, str] = {
-    "self": "input",
-    "mat2": "other",
-    "train": "training",
-    "axis": "dim",
-    "keepdims": "keepdim",
-    "axis0": "dim0",
-    "axis1": "dim1",
-}
-"""A parameter's name in a schema, or as NumPy has it -> its name in torch's functions."""
-
-_RENAMED_IN: dict[tuple[str, str], str] = {("view", "size"): "shape", ("_unsafe_view", "size"): "shape"}
-"""The same for a parameter of one ATen operator."""
-
-_LEFT_OUT = ("inplace", "out", "generator", "cudnn_enable", "cudnn_enabled", "_stacklevel")
-"""Parameters that change nothing of what is computed; the first two make `in_place`."""
-
-_PYTHON: dict[Function, tuple[str, str | None]] = {
-    operator.add: ("add", None),
-    operator.iadd: ("add", "input"),
-    operator.sub: ("sub", None),
-    operator.isub: ("sub", "input"),
-    operator.mul: ("mul", None),
-    operator.imul: ("mul", "input"),
-    operator.truediv: ("div", None),
-    operator.itruediv: ("div", "input"),
-    operator.matmul: ("matmul", None),
-    operator.imatmul: ("matmul", "input"),
-    operator.pow: ("pow", None),
-    operator.ipow: ("pow", "input"),
-    operator.neg: ("neg", None),
-    operator.getitem: ("getitem", None),
-    operator.setitem: ("setitem", "input"),
-}
-"""Python's operators -> the ATen operator, and what it writes to."""
-
-_ATTRIBUTES = {"T": "numpy_T", "mT": "mT", "H": "matrix_H", "mH": "mH"}
-"""Attributes of a tensor that are operators -> their names in ATen."""
-
-_FUNCTIONS: dict[str, Function] = {
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
-    "getitem": operator.getitem,
-    "setitem": operator.setitem,
-}
-"""ATen operator -> its function, where it is not that of `torch.nn.functional`, or else of `torch`, or else of `torch.Tensor`."""
-
-_SIGNATURES: dict[str, tuple[str, ...]] = {
-    "add": ("input", "other"),
-    "sub": ("input", "other"),
-    "mul": ("input", "other"),
-    "div": ("input", "other"),
-    "matmul": ("input", "other"),
-    "pow": ("input", "exponent"),
-    "neg": ("input",),
-    "getitem": ("input", "index"),
-    "setitem": ("input", "index", "value"),
-}
-"""The parameters of Python's operators."""
-
-_COMMUTATIVE = (operator.add, operator.mul)
-
-_DISPATCHED: dict[Function, Function] = {
-    F.max_pool1d: F.max_pool1d_with_indices,
-    F.max_pool2d: F.max_pool2d_with_indices,
-    F.max_pool3d: F.max_pool3d_with_indices,
-    F.adaptive_max_pool1d: F.adaptive_max_pool1d_with_indices,
-    F.adaptive_max_pool2d: F.adaptive_max_pool2d_with_indices,
-    F.adaptive_max_pool3d: F.adaptive_max_pool3d_with_indices,
-}
-"""Functions that hide their parameters -> one that has the same."""
-
 _MODULES: dict[type[nn.Module], Any] = {
     nn.Identity: nn.Identity,
     nn.Linear: F.linear,
@@ -183,6 +108,7 @@ _MODULES: dict[type[nn.Module], Any] = {
     nn.BatchNorm1d: F.batch_norm,
     nn.BatchNorm2d: F.batch_norm,
     nn.BatchNorm3d: F.batch_norm,
+    BatchNorm: F.batch_norm,  # of which others than these derive
     nn.LayerNorm: F.layer_norm,
     nn.RMSNorm: F.rms_norm,
     nn.GroupNorm: F.group_norm,
@@ -251,16 +177,6 @@ _MODULE_CONSTANTS: dict[type[nn.Module], dict[str, Any]] = {timm.layers.GELUTanh
 _CHANGES_GRADIENTS = ("detach", "detach_", "real", "imag", "conj", "_conj", "lift_fresh")
 """Views through which gradients do not flow as they do through others."""
 
-_PROBABILITIES: dict[Function, str] = {
-    **dict.fromkeys((F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout), "p"),
-    F.scaled_dot_product_attention: "dropout_p",
-    drop_path: "drop_prob",
-}
-"""Operators that draw only where this option is not 0."""
-
-
-# ------------------------------------------------------------------------------------------------------------- questions
-
 
 def call_of(gm: nn.Module, node: fx.Node) -> Call | None:
     """The operator that a node calls.
@@ -284,248 +200,122 @@ def call_of(gm: nn.Module, node: fx.Node) -> Call | None:
 
 
 def find_calls(gm: fx.GraphModule, function: Function | type[nn.Module]) -> tuple[Call, ...]:
-    """The calls of an operator in a graph, in order, however the model spells it.
+    """The calls of an operator in a graph, in order, however the model spells it: a layer, a function, a method, an ATen operator.
+
+        for call in find_calls(gm, torch.nn.functional.layer_norm):
+            call.node, call.input, call.path_of("weight"), call.options["eps"]
 
     Args:
-        gm: what `trace` or `transform` returned.
+        gm: what `trace` or `transform` returned, or what `Pass.rewrite` gets. What the model runs under `torch.no_grad()`,
+            `torch.autocast` or its own checkpoints is searched, too; modules that passes put in the place of operators are not.
         function: any spelling of the operator: `F.layer_norm`, `nn.LayerNorm`, `torch.ops.aten.layer_norm.default`.
+
+    Raises:
+        InputError: `function` is no operator of torch's, and no layer that is one.
     """
     wanted = canonical(function)
-    calls = (call_of(gm, node) for node in gm.graph.nodes)
-    return tuple(call for call in calls if call is not None and call.operator is wanted)
+    if wanted is None:
+        raise InputError(
+            f"find_calls: {getattr(function, '__name__', function)!r} is no one operator of torch's; give a function of torch or "
+            "torch.nn.functional, a method of torch.Tensor, an operator of torch.ops.aten, or a layer that calls one of these, "
+            "torch.nn.LayerNorm say. Containers and models call many: look for what they call."
+        )
+    return tuple(call for call in _calls(gm) if call.operator is wanted)
 
 
-def canonical(function: Any) -> Function | type[nn.Module]:
-    """The operator of a spelling; what is no operator of torch's is its own."""
+def _calls(gm: fx.GraphModule) -> Iterator[Call]:
+    for node in gm.graph.nodes:
+        module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(module, ScopeRegion):
+            yield from _calls(module.body)
+        elif (call := call_of(gm, node)) is not None:
+            yield call
+
+
+def canonical(function: Any) -> Function | type[nn.Module] | None:
+    """The operator of a spelling; None for what is no operator of torch's."""
     if isinstance(function, type):
-        return _MODULES.get(function, function)
-    spelled = _spelling(function)
-    return function if spelled is None else spelled.operator
+        return _MODULES.get(function)
+    spelled = spelling(function) if callable(function) and not isinstance(function, nn.Module) else None
+    return None if spelled is None else spelled.operator
+
+
+def operator_of(gm: nn.Module, node: fx.Node) -> Function | type[nn.Module] | None:
+    """The operator that a node calls, or that its module does more than call: of a subclass of `nn.Conv2d`, F.conv2d."""
+    call = call_of(gm, node)
+    if call is not None or node.op != "call_module":
+        return None if call is None else call.operator
+    kinds = type(gm.get_submodule(str(node.target))).__mro__
+    return next((_MODULES[kind] for kind in kinds if kind in _MODULES), None)
+
+
+def draws(gm: nn.Module, node: fx.Node) -> bool | None:
+    """Whether a node draws random numbers in train mode; None where it calls no operator of torch's."""
+    call = call_of(gm, node)
+    if call is not None:
+        return call.draws
+    if node.op not in ("call_function", "call_method"):
+        return None
+    target: Any = node.target
+    if isinstance(target, torch_internals.Overload):
+        return schema_of(target).draws
+    spelled = spelling(target)  # of a call that could not be bound, or whose value is no tensor
+    return None if spelled is None else spelled.operator in DRAWING or any(s.draws for s in aten_schemas(spelled.name))
 
 
 def written_operand(target: Function | str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
     """The name of the operand that a call of a function, or of a method by its name, writes to; None if it writes to none."""
     if isinstance(target, torch_internals.Overload):
         schema = schema_of(target)
-        return next((_name_of(p, schema) for p in schema.parameters if p.is_written), None)
+        return next((name_of(p, schema) for p in schema.parameters if p.is_written), None)
     if kwargs.get("out") is not None:
         return "out"
-    if kwargs.get("inplace") or any(p.is_written for schema in _schemas(target)[:1] for p in schema.parameters[:1]):
+    if kwargs.get("inplace") or any(p.is_written for schema in schemas_of(target)[:1] for p in schema.parameters[:1]):
         return "input"
-    spelled = _spelling(target)
+    spelled = spelling(target)
     bound = None if spelled is None else spelled.bind(tuple(args), dict(kwargs))
     return None if bound is None else bound.in_place
 
 
-# --------------------------------------------------------------------------------------------------------------- binding
-
-
-class _Bound(NamedTuple):
-    """Arguments by the parameters' names, what is written to, and the schema if one was chosen."""
-
-    arguments: dict[str, Any]
-    in_place: str | None
-    schema: Schema | None
-
-
-@dataclass(frozen=True)
-class _Spelling:
-    """One way to write an operator: the ATen operator's name without the underscore of in-place forms, and how to bind."""
-
-    name: str
-    operator: Function
-    bind: Callable[[tuple[Any, ...], dict[str, Any]], _Bound | None]
-
-
-@functools.cache
-def _spelling(target: Function | str) -> _Spelling | None:
-    """How a function, or a method by its name, is bound; None for what is no operator of torch's."""
-    if not isinstance(target, str):
-        if target in _PYTHON:
-            name, in_place = _PYTHON[target]
-            return _Spelling(name, _function(name), functools.partial(_bind_python, target, in_place))
-        if target in (drop_path, timm.layers.activations.quick_gelu):
-            return _Spelling(target.__name__, target, functools.partial(_bind_signature, target))
-        if _is_python(target):
-            name = target.__name__
-            return _Spelling(name, _function(name), functools.partial(_bind_signature, _DISPATCHED.get(target, target)))
-    schemas = _schemas(target)
-    if not schemas:
+def written_value(node: fx.Node) -> Any:
+    """What a call of a function or method writes to: a node, or a sequence of nodes; None if it writes to nothing."""
+    target: Any = node.target
+    name = written_operand(target, node.args, node.kwargs) if node.op in ("call_function", "call_method") else None
+    if name is None:
         return None
-    name = _functional_name(schemas[0])
-    function = _function(name)
-    if function is None:
-        return None
-    return _Spelling(name, function, functools.partial(_bind_schemas, schemas, isinstance(target, torch_internals.Overload)))
+    spelled = spelling(target)
+    bound = None if spelled is None else spelled.bind(node.args, dict(node.kwargs))
+    given = {**node.kwargs, **({} if bound is None else bound.arguments)}
+    value = given.get(name, node.args[0] if node.args else None)
+    return None if isinstance(value, fx.Node) and not is_tensor(value) else value  # a number, which nothing writes to
 
 
-def _schemas(target: Function | str) -> tuple[Schema, ...]:
-    """The overloads of ATen that a function, or a method by its name, may call; none for what is written in Python."""
-    if isinstance(target, torch_internals.Overload):
-        return (schema_of(target),) if aten_name(target) else ()
-    name = target if isinstance(target, str) else getattr(target, "__name__", "")
-    is_method = isinstance(target, str) or target is getattr(torch.Tensor, name, None)
-    schemas = aten_schemas(name if is_method else aten_name(target) or "")  # type: ignore[arg-type]
-    return tuple(schema for schema in schemas if (schema.operator, schema.overload) != ("view", "dtype"))  # a cast
+def is_in_place(module: nn.Module) -> bool:
+    """Whether a layer writes to what it reads: torch's layers have an option of this name, and models' own follow them."""
+    return bool(getattr(module, "inplace", False))
 
 
-def _is_python(function: Function) -> bool:
-    """Whether a function is one of `torch.nn.functional` or `torch` that is written in Python and stands for an ATen operator."""
-    name = getattr(function, "__name__", "")
-    homes = (getattr(F, name, None), getattr(torch, name, None))
-    return inspect.isfunction(function) and function in homes and bool(_function(name))
-
-
-def _functional_name(schema: Schema) -> str:
-    """ATen's name of the operator that computes the same and writes to nothing: ATen names in-place forms by an underscore."""
-    name = schema.operator
-    if schema.parameters and schema.parameters[0].is_written and aten_schemas(name.removesuffix("_")):
-        name = name.removesuffix("_")
-    return _SYNONYMS.get(name, name)
-
-
-@functools.cache
-def _function(name: str) -> Any:
-    """The function of an operator: that of `torch.nn.functional`, or else of `torch`, of `torch.Tensor`, or ATen's own."""
-    if name in _FUNCTIONS:
-        return _FUNCTIONS[name]
-    for home in (F, torch, torch.Tensor):
-        found = getattr(home, name, None)
-        if callable(found) and (aten_schemas(name) or found in _PROBABILITIES):
-            return found
-    return getattr(torch.ops.aten, name, None) if aten_schemas(name) else None
-
-
-def _name_of(parameter: Parameter, schema: Schema) -> str:
-    return _RENAMED_IN.get((schema.operator, parameter.name), _RENAMED.get(parameter.name, parameter.name))
-
-
-def _bind_python(target: Function, in_place: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Bound | None:
-    names = _SIGNATURES[_PYTHON[target][0]]
-    if len(args) != len(names) or kwargs:
-        return None
-    if target in _COMMUTATIVE and not isinstance(args[0], fx.Node):
-        args = args[::-1]
-    return _Bound(dict(zip(names, args, strict=True)), in_place, None)
-
-
-@functools.cache
-def _signature(function: Function) -> inspect.Signature:
-    return inspect.signature(function)
-
-
-def _bind_signature(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Bound | None:
-    try:
-        bound = _signature(function).bind(*args, **kwargs)
-    except TypeError:
-        return None
-    first = next(iter(_signature(function).parameters))
-    arguments = {("input" if name == first and name in ("x", "input") else name): v for name, v in bound.arguments.items()}
-    in_place = "input" if arguments.get("inplace") else "out" if arguments.get("out") is not None else None
-    return _Bound(arguments, in_place, None)
-
-
-def _bind_schemas(schemas: tuple[Schema, ...], chosen: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Bound | None:
-    """Bind to the first overload that takes the arguments; `chosen`: there is but one, whose types are not asked."""
-    for schema in schemas:
-        arguments = _bind_schema(schema, args, kwargs)
-        if arguments is None:
-            continue
-        parameters = {_name_of(p, schema): p for p in schema.parameters}
-        if chosen or all(_fits(parameters[name], value) for name, value in arguments.items()):
-            written = next((name for name, p in parameters.items() if p.is_written), None)
-            return _Bound(arguments, written, schema)
-    return None
-
-
-def _bind_schema(schema: Schema, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
-    positional = [p for p in schema.parameters if not p.is_keyword]
-    values = list(args)
-    for place, parameter in enumerate(positional):  # x.view(2, 3), x.permute(0, 2, 1)
-        rest = values[place:]
-        is_last = rest and len(positional) == place + 1
-        if is_last and parameter.is_list and parameter.kind == "IntType" and all(map(_is_number, rest)):
-            values[place:] = [tuple(rest)] if parameter.size is None or len(rest) > 1 else rest
-    if len(values) > len(positional):
-        return None
-    arguments = {_name_of(p, schema): value for p, value in zip(positional, values, strict=False)}
-    names = {_name_of(p, schema): p for p in schema.parameters}
-    for name, value in kwargs.items():
-        name = _RENAMED_IN.get((schema.operator, name), _RENAMED.get(name, name))
-        if name not in names or name in arguments:
-            return None
-        arguments[name] = value
-    if any(name not in arguments and not p.has_default for name, p in names.items()):
-        return None
-    return {name: arguments[name] for name in names if name in arguments}
-
-
-def _is_number(value: Any) -> bool:
-    """Whether a value is an integer, or a node that may be one."""
-    if isinstance(value, fx.Node):
-        return not _is_tensor(value)
-    return isinstance(value, int | torch.SymInt) and not isinstance(value, bool)
-
-
-_PLAIN: dict[str, Any] = {
-    "BoolType": bool,
-    "FloatType": int | float | torch.SymInt | torch.SymFloat,
-    "IntType": int | torch.SymInt | torch.dtype | torch.memory_format | torch.layout,
-    "NumberType": int | float | complex | torch.SymInt | torch.SymFloat,
-    "StringType": str,
-}
-
-
-def _fits(parameter: Parameter, value: Any) -> bool:
-    """Whether a parameter takes a value."""
-    if value is None:
-        return parameter.is_optional
-    if parameter.is_list and isinstance(value, list | tuple):
-        return all(_fits_one(parameter.kind, v) or v is None for v in value)
-    if parameter.is_list and parameter.size is None and not isinstance(value, fx.Node):
-        return False
-    return _fits_one(parameter.kind, value)
-
-
-def _fits_one(kind: str, value: Any) -> bool:
-    if isinstance(value, fx.Node):
-        return kind not in ("StringType", "BoolType") and (kind == "TensorType") is _is_tensor(value)
-    if kind == "TensorType":
-        return isinstance(value, torch.Tensor | fx.Proxy)
-    return isinstance(value, _PLAIN[kind]) if kind in _PLAIN else True
-
-
-def _value(node: fx.Node) -> Any:
-    return node.meta.get("val", node.meta.get("example_value"))
-
-
-def _is_tensor(node: fx.Node) -> bool:
-    """Whether a node's value is a tensor, or a sequence of some; one without a value is taken for a tensor."""
-    value = _value(node)
-    if isinstance(value, list | tuple):
-        return any(isinstance(v, torch.Tensor) for v in value)
-    return value is None or isinstance(value, torch.Tensor)
-
-
-# ----------------------------------------------------------------------------------------------------------- the answers
+def writes(gm: nn.Module, node: fx.Node) -> bool:
+    """Whether a node writes to an operand."""
+    if node.op == "call_module":
+        return is_in_place(gm.get_submodule(str(node.target)))
+    return written_value(node) is not None
 
 
 def _call(
     node: fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], evaluation: tuple[tuple[Any, ...], Any] | None
 ) -> Call | None:
     """The call of a function or method; `evaluation`: its arguments in eval mode, where they differ."""
-    if target is getattr and isinstance(args[1], str) and args[1] in _ATTRIBUTES:
-        target, args = _ATTRIBUTES[args[1]], args[:1]
-    spelled = _spelling(target)
-    if spelled is None or not _is_tensor(node):
+    if target is getattr and isinstance(args[1], str) and args[1] in ATTRIBUTES:
+        target, args = ATTRIBUTES[args[1]], args[:1]
+    spelled = spelling(target)
+    if spelled is None or not is_tensor(node):
         return None
     bound = spelled.bind(*_with_values(args, kwargs))
     other = bound if evaluation is None else spelled.bind(*_with_values(*evaluation))
     if bound is None or other is None:
         return None
     operands = {name: v for name, v in bound.arguments.items() if _is_operand(spelled.name, name, v)}
-    if not operands:
-        return None
     options, eval_options = (_options(spelled, b, operands) for b in (bound, other))
     return Call(
         node, spelled.operator, {name: _as_operand(v) for name, v in operands.items()}, options, eval_options,
@@ -555,18 +345,18 @@ def _call_of_module(node: fx.Node, module: nn.Module) -> Call | None:
     x: Any = next(iter((*node.args, *node.kwargs.values())))
     if function is nn.Identity:
         return Call(node, nn.Identity, {"input": x}, {}, {}, None, False, True)
-    spelled = _spelling(function)
+    spelled = spelling(function)
     assert spelled is not None
     arguments = {"input": x, **_MODULE_CONSTANTS.get(kind, {})}
     names = _MODULE_OPTIONS.get(kind, {})
-    for name in _parameters(spelled):
+    for name in parameters_of(spelled):
         attribute = names.get(name, name)
         if name not in arguments and name != "training" and hasattr(module, attribute):
             value = getattr(module, attribute)
             arguments[name] = f"{node.target}.{attribute}" if isinstance(value, torch.Tensor) else value
-    in_place = "input" if getattr(module, "inplace", False) else None
+    in_place = "input" if is_in_place(module) else None
     operands = {name: v for name, v in arguments.items() if _is_operand(spelled.name, name, v) or _is_path(module, name, v)}
-    modes = [_Bound({**arguments, **_training(spelled, arguments, training)}, None, None) for training in (True, False)]
+    modes = [Bound({**arguments, **_training(spelled, arguments, training)}, None, None) for training in (True, False)]
     options, eval_options = (_options(spelled, bound, operands) for bound in modes)
     is_view = _is_view(spelled.name, options, node, operands)
     return Call(node, function, operands, options, eval_options, in_place, _draws(spelled, options), is_view)
@@ -576,52 +366,25 @@ def _is_path(module: nn.Module, name: str, value: Any) -> bool:
     return isinstance(value, str) and isinstance(getattr(module, name, None), torch.Tensor)
 
 
-def _training(spelled: _Spelling, arguments: dict[str, Any], training: bool) -> dict[str, bool]:
+def _training(spelled: Spelling, arguments: dict[str, Any], training: bool) -> dict[str, bool]:
     """What a module hands over as `training`: a batch norm without statistics normalizes by the batch's in eval mode, too."""
-    if "training" not in _parameters(spelled):
+    if "training" not in parameters_of(spelled):
         return {}
-    by_batch = "running_mean" in _parameters(spelled) and arguments.get("running_mean") is None
+    by_batch = "running_mean" in parameters_of(spelled) and arguments.get("running_mean") is None
     return {"training": training or by_batch}
 
 
-@functools.cache
-def _parameters(spelled: _Spelling) -> dict[str, Any]:
-    """The parameters of an operator as its function has them, with their defaults or `inspect.Parameter.empty`."""
-    function = _DISPATCHED.get(spelled.operator, spelled.operator)
-    if inspect.isfunction(function):
-        found = {name: p.default for name, p in _signature(function).parameters.items()}
-        first = next(iter(found))
-        found = {("input" if name == first and name == "x" else name): default for name, default in found.items()}
-    else:
-        found = {
-            _name_of(p, schema): p.default if p.has_default else inspect.Parameter.empty
-            for schema in aten_schemas(spelled.name)[:1]
-            for p in schema.parameters
-        }
-    return {name: default for name, default in found.items() if name not in _LEFT_OUT}
-
-
-@functools.cache
-def _schema_parameters(name: str) -> dict[str, Parameter]:
-    """The parameters of all overloads of an ATen operator by their names; the first overload that has one counts."""
-    found: dict[str, Parameter] = {}
-    for schema in aten_schemas(name):
-        for parameter in schema.parameters:
-            found.setdefault(_name_of(parameter, schema), parameter)
-    return found
-
-
-def _options(spelled: _Spelling, bound: _Bound, operands: Mapping[str, Any]) -> dict[str, Any]:
+def _options(spelled: Spelling, bound: Bound, operands: Mapping[str, Any]) -> dict[str, Any]:
     """All arguments but tensors, defaults filled in, as one spelling has them as another."""
-    known = _schema_parameters(spelled.name)
-    defaults = _parameters(spelled)
-    if bound.schema is not None and not inspect.isfunction(_DISPATCHED.get(spelled.operator, spelled.operator)):
-        defaults = {_name_of(p, bound.schema): p.default for p in bound.schema.parameters if p.has_default}
+    known = schema_parameters(spelled.name)
+    defaults = parameters_of(spelled)
+    if bound.schema is not None and not inspect.isfunction(DISPATCHED.get(spelled.operator, spelled.operator)):
+        defaults = {name_of(p, bound.schema): p.default for p in bound.schema.parameters if p.has_default}
     options = {}
     for name, value in {**defaults, **bound.arguments}.items():
         parameter = known.get(name)
         is_absent = value is inspect.Parameter.empty or (value is None and parameter is not None and parameter.kind == "TensorType")
-        if not (is_absent or name in operands or name in _LEFT_OUT):
+        if not (is_absent or name in operands or name in LEFT_OUT):
             options[name] = _plain(value, parameter)
     if "kernel_size" in options and options.get("stride") in (None, ()):  # of a pooling
         options["stride"] = options["kernel_size"]
@@ -641,7 +404,7 @@ def _with_values(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tupl
     """Arguments with the values of those nodes that are no tensors."""
 
     def resolve(node: fx.Node) -> Any:
-        return node if _is_tensor(node) else _value(node)
+        return node if is_tensor(node) else value_of(node)
 
     return fx.node.map_arg(args, resolve), dict(fx.node.map_arg(dict(kwargs), resolve))  # type: ignore[call-overload, arg-type]
 
@@ -658,11 +421,13 @@ def _as_operand(value: Any) -> Operand:
     return tuple(value) if isinstance(value, list | tuple) else value
 
 
-def _draws(spelled: _Spelling, options: Mapping[str, Any]) -> bool:
-    """Whether a call draws random numbers in train mode, by ATen's tags."""
-    if spelled.operator in _PROBABILITIES:
-        return bool(options.get(_PROBABILITIES[spelled.operator])) and bool(options.get("training", True))
-    return bool(options.get("training", True)) and any(schema.draws for schema in aten_schemas(spelled.name))
+def _draws(spelled: Spelling, options: Mapping[str, Any]) -> bool:
+    """Whether a call draws random numbers in train mode, by ATen's tags; a probability that the graph computes may be any."""
+    if not options.get("training", True):
+        return False
+    if spelled.operator in PROBABILITIES:
+        return bool(options.get(PROBABILITIES[spelled.operator], True))
+    return spelled.operator in DRAWING or any(schema.draws for schema in aten_schemas(spelled.name))
 
 
 def _is_view(name: str, options: Mapping[str, Any], node: fx.Node, operands: Mapping[str, Any]) -> bool:
@@ -671,8 +436,8 @@ def _is_view(name: str, options: Mapping[str, Any], node: fx.Node, operands: Map
         return all(i is None or i is Ellipsis or isinstance(i, int | slice | torch.SymInt) for i in _indices(options["index"]))
     if name in _CHANGES_GRADIENTS or not any(p.is_shown and not p.is_written for s in aten_schemas(name) for p in s.parameters[:1]):
         return False
-    source, made = next(iter(operands.values())), _value(node)
-    shown = _value(source) if isinstance(source, fx.Node) else None
+    source, made = next(iter(operands.values())), value_of(node)
+    shown = value_of(source) if isinstance(source, fx.Node) else None
     return not (isinstance(made, torch.Tensor) and isinstance(shown, torch.Tensor)) or made.dtype == shown.dtype
 
 

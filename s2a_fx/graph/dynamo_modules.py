@@ -20,14 +20,15 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from s2a_fx.graph import torch_internals
-from s2a_fx.graph.calls import call_of, written_operand
+from s2a_fx.graph.calls import Call, call_of, written_value
 from s2a_fx.graph.edit import free_path, replace_node
 from s2a_fx.graph.flow import attribute
 from s2a_fx.graph.provenance import module_stack, plain_path
 from s2a_fx.graph.shapes import propagate
+from s2a_fx.graph.spellings import value_of
 
 _STATE = re.compile(r"_(?:modules|parameters|buffers)_")
-_CONVOLUTIONS = {torch.conv1d: nn.Conv1d, torch.conv2d: nn.Conv2d, torch.conv3d: nn.Conv3d}
+_CONVOLUTIONS: dict[Any, Any] = {F.conv1d: nn.Conv1d, F.conv2d: nn.Conv2d, F.conv3d: nn.Conv3d}
 _BATCH_NORMS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 
 
@@ -90,10 +91,10 @@ def raised(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple
         stack = module_stack(node)
         if stack:
             node.meta["nn_module_stack"] = {plain_path(p): (plain_path(p), kind) for p, kind in stack}
-        if _written(node) is not None:
+        if written_value(node) is not None:
             _keep_write(gm, node)
-        elif node.op == "call_function" and node.target in _RAISED:
-            _RAISED[node.target](gm, node)
+        elif (call := call_of(gm, node)) is not None and node.op != "call_module" and call.operator in _RAISED:
+            _RAISED[call.operator](gm, call)
     gm.recompile()
     propagate(gm, examples)
     return gm, State(tuple(attributes), tuple(inputs))
@@ -169,7 +170,9 @@ def _check_writes(graph: fx.Graph) -> None:
         value = node.meta.get("example_value")
         if isinstance(value, torch.Tensor):
             seen_by.setdefault(torch_internals.storage_key(value), set()).add(node)
-    writers = {node: written for node in graph.nodes if (written := _written(node)) is not None}
+    writers = {node: written for node in graph.nodes if (written := written_value(node)) is not None}
+    if several := [node for node, written in writers.items() if not isinstance(written, fx.Node)]:
+        raise Unraisable(f"{several[0].name} writes in place to several tensors at once")
     for node, written in writers.items():
         value = written.meta["example_value"]
         others = seen_by.get(torch_internals.storage_key(value), set()) - {*writers, *writers.values()}
@@ -178,23 +181,12 @@ def _check_writes(graph: fx.Graph) -> None:
             raise Unraisable(f"{node.name} writes in place to what is read under another name")
 
 
-def _written(node: fx.Node) -> Any:
-    """The tensor node that a node writes to; None if it writes to none."""
-    if node.op not in ("call_function", "call_method"):
-        return None
-    name = written_operand(node.target, node.args, node.kwargs)
-    if name is None:
-        return None
-    call = call_of(nn.Module(), node)
-    return node.args[0] if call is None else call.operands.get(name, node.args[0])
-
-
 def _keep_write(gm: fx.GraphModule, node: fx.Node) -> None:
     """Let what reads a tensor after it was written to in place read the writer: a pass sees what depends on what, and no order.
 
     A write to one of the model's own tensors counts though nobody reads its result.
     """
-    written = _written(node)
+    written = written_value(node)
     if _is_own(gm, written):
         kwargs = node.kwargs
         replace_node(gm, node, _InPlace(node.target), tuple(node.args), free_path(gm, "", "in_place")).kwargs = kwargs
@@ -220,46 +212,40 @@ class _InPlace(nn.Module):
         return getattr(args[0], self.target)(*args[1:], **kwargs) if isinstance(self.target, str) else self.target(*args, **kwargs)
 
 
-def _raise_linear(gm: fx.GraphModule, node: fx.Node) -> None:
-    x, weight, bias = _arguments(node, ("input", "weight", "bias"), (None,))
-    if home := _home(weight=weight, bias=bias):
+def _raise_linear(gm: fx.GraphModule, call: Call) -> None:
+    if home := _home(call, "weight", "bias"):
         made, taken = attribute(gm, f"{home}.weight").shape
-        _call_layer(gm, node, x, home, nn.Linear(taken, made, bias is not None, device="meta"))
+        _call_layer(gm, call, home, nn.Linear(taken, made, "bias" in call.operands, device="meta"))
 
 
-def _raise_convolution(gm: fx.GraphModule, node: fx.Node) -> None:
-    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-    x, weight, bias, stride, padding, dilation, groups = _arguments(node, names, (None, 1, 0, 1, 1))
-    if home := _home(weight=weight, bias=bias):
+def _raise_convolution(gm: fx.GraphModule, call: Call) -> None:
+    if home := _home(call, "weight", "bias"):
         made, taken, *kernel = attribute(gm, f"{home}.weight").shape
-        kind: Any = _CONVOLUTIONS[node.target]  # type: ignore[index]
-        options = (stride, padding, dilation, groups, bias is not None)
-        _call_layer(gm, node, x, home, kind(taken * groups, made, kernel, *options, device="meta"))
+        stride, padding, dilation, groups = (call.options[name] for name in ("stride", "padding", "dilation", "groups"))
+        options = (stride, padding, dilation, groups, "bias" in call.operands)
+        _call_layer(gm, call, home, _CONVOLUTIONS[call.operator](taken * groups, made, kernel, *options, device="meta"))
 
 
-def _raise_batch_norm(gm: fx.GraphModule, node: fx.Node) -> None:
-    names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
-    x, mean, var, weight, bias, training, momentum, eps = _arguments(node, names, (None, None, False, 0.1, 1e-5))
-    home = _home(running_mean=mean, running_var=var, weight=weight, bias=bias)
-    dimensions = node.meta["example_value"].ndim
-    if not home or mean is None or not isinstance(momentum, float) or dimensions not in _BATCH_NORMS:
+def _raise_batch_norm(gm: fx.GraphModule, call: Call) -> None:
+    home = _home(call, "running_mean", "running_var", "weight", "bias")
+    dimensions, momentum, training = value_of(call.node).ndim, call.options["momentum"], call.options["training"]
+    if not home or "running_mean" not in call.operands or not isinstance(momentum, float) or dimensions not in _BATCH_NORMS:
         return
-    width = len(attribute(gm, f"{home}.running_mean"))
-    layer = _BATCH_NORMS[dimensions](width, eps, momentum, affine=weight is not None, device="meta")
-    counts = [n for n in gm.graph.find_nodes(op="get_attr", target=f"{home}.num_batches_tracked") if n < node]
-    if _call_layer(gm, node, x, home, layer.train(training)) and counts and training:  # the module counts by itself
+    width, affine = len(attribute(gm, f"{home}.running_mean")), "weight" in call.operands
+    layer = _BATCH_NORMS[dimensions](width, call.options["eps"], momentum, affine=affine, device="meta")
+    counts = [n for n in gm.graph.find_nodes(op="get_attr", target=f"{home}.num_batches_tracked") if n < call.node]
+    if _call_layer(gm, call, home, layer.train(training)) and counts and training:  # the module counts by itself
         for adding in list(counts[-1].users):
             gm.graph.erase_node(adding)
         gm.graph.erase_node(counts[-1])
 
 
-def _raise_dropout(gm: fx.GraphModule, node: fx.Node) -> None:
-    x, p, training, _ = _arguments(node, ("input", "p", "training", "inplace"), (0.5, True, False))
-    if not p or not training:
-        node.replace_all_uses_with(x)
-        gm.graph.erase_node(node)
+def _raise_dropout(gm: fx.GraphModule, call: Call) -> None:
+    if not call.draws:
+        call.node.replace_all_uses_with(call.input)
+        gm.graph.erase_node(call.node)
     else:
-        replace_node(gm, node, nn.Dropout(p), (x,))
+        replace_node(gm, call.node, nn.Dropout(call.options["p"]), (call.input,))
 
 
 _RAISED: dict[Any, Any] = {
@@ -268,45 +254,37 @@ _RAISED: dict[Any, Any] = {
     F.dropout: _raise_dropout,
     **dict.fromkeys(_CONVOLUTIONS, _raise_convolution),
 }
-"""Function -> how a call of it becomes a call of a module."""
+"""Operator -> how a call of it becomes a call of a module."""
 
 
-def _arguments(node: fx.Node, names: tuple[str, ...], defaults: tuple[Any, ...]) -> list[Any]:
-    """The arguments of a call in the order of `names`; `defaults` are those of the last ones."""
-    given = dict(zip(names[len(names) - len(defaults) :], defaults, strict=True))
-    given |= dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-    return [given[name] for name in names]
+def _home(call: Call, *names: str) -> str | None:
+    """The module that owns a call's operands of these names; None if there is no such module."""
+    paths = {name: call.path_of(name) for name in names if name in call.operands}
+    home = (next(iter(paths.values()), None) or "").rpartition(".")[0]
+    return home if all(path == f"{home}.{name}" for name, path in paths.items()) else None
 
 
-def _home(**tensors: Any) -> str | None:
-    """The module that owns the tensors under these names; None if there is no such module."""
-    paths = {name: str(t.target) for name, t in tensors.items() if isinstance(t, fx.Node) and t.op == "get_attr"}
-    home = next(iter(paths.values()), "").rpartition(".")[0]
-    own = all(tensors[name] is None or paths.get(name) == f"{home}.{name}" for name in tensors)
-    return home if own else None
-
-
-def _call_layer(gm: fx.GraphModule, node: fx.Node, x: fx.Node, home: str, layer: nn.Module) -> bool:
-    """Replace `node` by a call of `layer`, which takes the place of the plain module at `home` and its tensors.
+def _call_layer(gm: fx.GraphModule, call: Call, home: str, layer: nn.Module) -> bool:
+    """Replace a call by one of `layer`, which takes the place of the plain module at `home` and its tensors.
 
     Returns:
         False, and nothing is changed, where a layer of other options, or a module with more than this layer has, stands there.
     """
-    holder = gm.get_submodule(home)
+    holder, node = gm.get_submodule(home), call.node
     if type(holder) is nn.Module and next(holder.children(), None) is None and _tensors(holder) == _tensors(layer):
-        for name, tensor in [*holder.named_parameters(recurse=False), *holder.named_buffers(recurse=False)]:
-            torch_internals.put_tensor(layer, name, tensor)
+        for name, held in [*holder.named_parameters(recurse=False), *holder.named_buffers(recurse=False)]:
+            torch_internals.put_tensor(layer, name, held)
         gm.set_submodule(home, layer)
     elif type(holder) is nn.Module or repr(holder) != repr(layer) or holder.training != layer.training:
         return False
-    read = [n for n in node.all_input_nodes if n is not x]
+    read = [n for n in node.all_input_nodes if n is not call.input]
     with gm.graph.inserting_before(node):
-        call = gm.graph.call_module(home, (x,))
-    call.meta = dict(node.meta)
-    node.replace_all_uses_with(call)
+        made = gm.graph.call_module(home, (call.input,))
+    made.meta = dict(node.meta)
+    node.replace_all_uses_with(made)
     gm.graph.erase_node(node)
-    for operand in read:
-        gm.graph.erase_node(operand)
+    for tensor in read:
+        gm.graph.erase_node(tensor)
     return True
 
 

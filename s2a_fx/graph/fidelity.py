@@ -23,9 +23,10 @@ import torch
 from torch import nn
 
 from s2a_fx.graph import torch_internals
+from s2a_fx.graph.spellings import ASSIGNED_NAMES
 from s2a_fx.graph.torch_internals import TorchDispatchMode, storage_key
 
-_ASSIGNED = {f"aten::{name}_": f"aten::{name}" for name in ("add", "sub", "mul", "div")}
+_ASSIGNED = {f"aten::{name}": f"aten::{plain}" for name, plain in ASSIGNED_NAMES.items()}
 
 Shape = tuple[tuple[int, ...], torch.dtype]
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from s2a_fx.graph.calls import written_operand
+from s2a_fx.graph.calls import is_in_place, writes
 from s2a_fx.graph.regions import Region
 
 
@@ -14,10 +14,8 @@ def has_effects(gm: nn.Module, node: fx.Node) -> bool:
     """Whether a node does more than compute a value: it writes to an operand or a buffer, or acts otherwise."""
     if node.op == "call_module":
         module = gm.get_submodule(str(node.target))
-        return bool(getattr(module, "_is_impure", False) or getattr(module, "inplace", False))
-    return node.op in ("call_function", "call_method") and (
-        node.is_impure() or written_operand(node.target, node.args, node.kwargs) is not None  # type: ignore[arg-type]
-    )
+        return bool(getattr(module, "_is_impure", False)) or is_in_place(module)
+    return node.op in ("call_function", "call_method") and (node.is_impure() or writes(gm, node))
 
 
 def eliminate_dead_code(gm: fx.GraphModule) -> None:

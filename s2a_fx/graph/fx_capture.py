@@ -18,7 +18,6 @@ import contextlib
 import dis
 import functools
 import math
-import operator
 import sys
 import threading
 import traceback
@@ -38,6 +37,7 @@ from s2a_fx.errors import TraceError
 from s2a_fx.graph import hooks
 from s2a_fx.graph.inputs import Signature, Structure
 from s2a_fx.graph.regions import SCOPES, Scope
+from s2a_fx.graph.spellings import ASSIGNMENTS
 from s2a_fx.graph.torch_internals import (
     CHECKPOINT_CODE,
     FakeTensor,
@@ -342,20 +342,13 @@ class _Proxy(fx.Proxy):
         count = self.tracer.count_unpacked(frame.f_code, frame.f_lasti)
         return self.tracer.iter(self) if count is None else (self[index] for index in range(count))  # type: ignore[index]
 
-    def _assign(self, function: Any, other: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", function, (self, other), {})
 
-    def __iadd__(self, other: Any) -> fx.Proxy:
-        return self._assign(operator.iadd, other)
+def _assigning(function: Callable[..., Any]) -> Callable[[_Proxy, Any], fx.Proxy]:
+    return lambda proxy, other: proxy.tracer.create_proxy("call_function", function, (proxy, other), {})
 
-    def __isub__(self, other: Any) -> fx.Proxy:
-        return self._assign(operator.isub, other)
 
-    def __imul__(self, other: Any) -> fx.Proxy:
-        return self._assign(operator.imul, other)
-
-    def __itruediv__(self, other: Any) -> fx.Proxy:
-        return self._assign(operator.itruediv, other)
+for _function in ASSIGNMENTS:
+    setattr(_Proxy, f"__{_function.__name__}__", _assigning(_function))
 
 
 class _WeightProxy(_Proxy):

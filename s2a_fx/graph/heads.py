@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from s2a_fx.graph.calls import call_of
+from s2a_fx.graph.calls import call_of, operator_of
 from s2a_fx.graph.flow import attribute, dependent_nodes
 from s2a_fx.graph.layout import layout_of
 from s2a_fx.graph.regions import Region
 from s2a_fx.graph.structure import residual_blocks
 
-_PRODUCTS = (F.linear, torch.matmul, torch.mm)
+_PRODUCTS = (F.linear, torch.matmul)
 
 
 def classification_heads(gm: fx.GraphModule) -> tuple[fx.Node, ...]:
@@ -86,16 +86,11 @@ def _is_head(gm: fx.GraphModule, node: fx.Node, dependent: set[fx.Node]) -> bool
         return False
     if node.op == "call_module":
         return isinstance(gm.get_submodule(str(node.target)), nn.Linear) or _is_convolution(gm, node)
-    operands = node.all_input_nodes
     call = call_of(gm, node)
-    product = (
-        call is not None
-        and call.operator in _PRODUCTS
-        and len(operands) > 1
-        and operands[0] in dependent
-        and operands[1] not in dependent
-    )
-    return product and _rank(node) == _rank(operands[1]) == 2
+    if call is None or call.operator not in _PRODUCTS or len(call.nodes) < 2:
+        return False
+    x, weight = call.nodes[:2]
+    return x in dependent and weight not in dependent and _rank(node) == _rank(weight) == 2
 
 
 def _is_convolution(gm: fx.GraphModule, node: fx.Node) -> bool:
@@ -131,8 +126,7 @@ def _positions_above(gm: fx.GraphModule, head: fx.Node, last_output: fx.Node) ->
     while node.all_input_nodes:
         node = node.all_input_nodes[0]
         value = node.meta.get("val")
-        call = call_of(gm, node)
-        passed_on = call is not None and call.operator in (operator.getitem, nn.Identity)
+        passed_on = operator_of(gm, node) in (operator.getitem, nn.Identity)
         wide = isinstance(value, torch.Tensor) and value[:1].numel() > pooled and not passed_on
         if wide or node is last_output:
             return node if layout_of(gm, node) else None

@@ -7,17 +7,17 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import fx
 
-from s2a_fx.graph.calls import Call, call_of
-from s2a_fx.graph.torch_internals import BatchNorm, Convolution
+from s2a_fx.graph.calls import call_of, operator_of
 
 Order = Literal["BHWC", "BCHW"]
 
-_SECOND_MODULES = (Convolution, BatchNorm, nn.GroupNorm, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
-_LAST_MODULES = (nn.Linear, nn.LayerNorm)
-_SECOND_FUNCTIONS = (F.conv2d, F.batch_norm, F.group_norm, F.avg_pool2d, F.max_pool2d, F.adaptive_avg_pool2d, F.interpolate)
-_LAST_FUNCTIONS = (F.linear, F.layer_norm)
+_CHANNELS_SECOND = (
+    F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.batch_norm, F.group_norm,
+    F.avg_pool2d, F.max_pool2d, F.adaptive_avg_pool2d, F.interpolate,
+)  # fmt: skip
+_CHANNELS_LAST = (F.linear, F.layer_norm)
 _TO_LAST, _TO_SECOND = (0, 2, 3, 1), (0, 3, 1, 2)
 _POOLED: dict[tuple[int, ...], Order] = {(2, 3): "BCHW", (1, 2): "BHWC"}
 _SEARCH_LIMIT = 200
@@ -120,31 +120,23 @@ def _breadth_first(node: fx.Node, below: bool) -> Iterator[fx.Node]:
                 yield other
 
 
-def _dimensions(call: Call) -> tuple[int, ...]:
-    """The dimensions that a mean is taken over, counted from the front of four."""
-    dims = call.options.get("dim")
-    given = dims if isinstance(dims, tuple) else (dims,)
-    return tuple(sorted(d % 4 for d in given if isinstance(d, int)))
-
-
 def _order_told_by(gm: fx.GraphModule, node: fx.Node, below: bool) -> Order | None:
-    if node.op == "call_module":
-        module = gm.get_submodule(str(node.target))
-        if isinstance(module, _SECOND_MODULES):
-            return "BCHW"
-        return "BHWC" if isinstance(module, _LAST_MODULES) else None
-    call = call_of(gm, node)
-    if call is None:
-        return None
-    if call.operator in _SECOND_FUNCTIONS:
+    operator, call = operator_of(gm, node), call_of(gm, node)
+    if operator in _CHANNELS_SECOND:
         return "BCHW"
-    if below and call.operator is torch.mean:
-        return _POOLED.get(_dimensions(call))
-    if call.operator in _LAST_FUNCTIONS:
+    if operator in _CHANNELS_LAST:
         return "BHWC"
-    if call.operator is torch.permute:
-        if call.options["dims"] == _TO_LAST:
+    if below and call is not None and operator is torch.mean:
+        return _POOLED.get(tuple(sorted(_of_four(call.options.get("dim")))))
+    if call is not None and operator is torch.permute:
+        dims = _of_four(call.options["dims"])
+        if dims == _TO_LAST:
             return "BCHW" if below else "BHWC"
-        if call.options["dims"] == _TO_SECOND:
+        if dims == _TO_SECOND:
             return "BHWC" if below else "BCHW"
     return None
+
+
+def _of_four(dims: int | tuple[int, ...] | None) -> tuple[int, ...]:
+    """Dimensions counted from the front of four."""
+    return tuple(dim % 4 for dim in (dims if isinstance(dims, tuple) else () if dims is None else (dims,)))

@@ -1,6 +1,7 @@
 """Shapes and dtypes of every node, from fake tensors."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch.func import functional_call
 
 from s2a_fx.graph.fake import fake_copy, fake_mode, fake_tensor, reads_itself, traced_inputs
 from s2a_fx.graph.regions import Region
-from s2a_fx.graph.torch_internals import FakeTensorMode
+from s2a_fx.graph.torch_internals import FakeTensor, FakeTensorMode, tree_leaves
 
 
 def propagate(gm: fx.GraphModule, inputs: Sequence[torch.Tensor] | None = None) -> None:
@@ -34,6 +35,14 @@ def propagate(gm: fx.GraphModule, inputs: Sequence[torch.Tensor] | None = None) 
         for node in gm.graph.nodes:
             if "val" not in node.meta:
                 node.meta["val"] = _value(gm, node, mode, faked)
+
+
+def compute(gm: fx.GraphModule, node: fx.Node, watch: AbstractContextManager[Any]) -> Any:
+    """What a node computes of its operands' fake values, without gradients, inside `watch`; its own value stays as it is."""
+    operands = [operand.meta.get("val") for operand in node.all_input_nodes]
+    mode = next((v.fake_mode for v in tree_leaves(operands) if isinstance(v, FakeTensor)), None) or fake_mode()
+    with mode, torch.no_grad(), watch:
+        return _value(gm, node, mode, {})
 
 
 def _value(gm: fx.GraphModule, node: fx.Node, mode: FakeTensorMode, faked: dict[int, Any]) -> Any:

@@ -793,6 +793,16 @@ ATTENTION_FLASH = torch.ops.aten._scaled_dot_product_flash_attention
 ATTENTION_EFFICIENT = torch.ops.aten._scaled_dot_product_efficient_attention
 """The kernels of attention: by its matrix products, which returns the map, too, and the two fused ones of GPUs."""
 
+ATTENTION_MAPS = (
+    torch.ops.aten._softmax,
+    torch.ops.aten._safe_softmax,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu,
+    ATTENTION_FLASH,
+    ATTENTION_EFFICIENT,
+    ATTENTION_MATH,
+)
+"""What a softmax or a fused attention calls below autograd."""
+
 batch_norm_with_statistics = torch._batch_norm_impl_index
 """What `F.batch_norm` calls: it returns the statistics of the batch, too."""
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from s2a_fx.nn.random_numbers import Drawing
 from s2a_fx.nn.recompute import needs_grad
 from s2a_fx.ops import activation
 from s2a_fx.ops.dropout import dropout
@@ -54,17 +55,12 @@ class MaskedActivation(nn.Module):
         return ", ".join([self.name, *map(str, self.options)])
 
 
-class CodedDropout(nn.Module):
+class CodedDropout(Drawing):
     """Dropout that keeps one bit an element; exact."""
 
     def __init__(self, p: float) -> None:
         super().__init__()
         self.p = p
-
-    @property
-    def draws(self) -> bool:
-        """Whether random numbers are drawn in train mode."""
-        return self.p > 0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.training and self.p > 0 and needs_grad(x):
@@ -73,6 +69,9 @@ class CodedDropout(nn.Module):
 
     def inference_form(self, x: torch.Tensor) -> torch.Tensor:
         return x
+
+    def draws(self) -> bool:
+        return self.p > 0
 
     def extra_repr(self) -> str:
         return f"p={self.p}"

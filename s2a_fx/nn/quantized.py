@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from s2a_fx import ops
+from s2a_fx.nn.random_numbers import Drawing
 
 
 def _needs_grad(*tensors: torch.Tensor | None) -> bool:
@@ -78,7 +79,7 @@ class QuantizedSoftmax(nn.Module):
         return f"dim={self.dim}, bits={self.bits}"
 
 
-class QuantizedSoftmaxMatmul(nn.Module):
+class QuantizedSoftmaxMatmul(Drawing):
     """`dropout(softmax(scores)) @ value` as one operator, so that the map is kept once and coded, eq. (7) to (9).
 
     Args:
@@ -91,11 +92,6 @@ class QuantizedSoftmaxMatmul(nn.Module):
         self.dropout_p = dropout_p
         self.bits = bits
 
-    @property
-    def draws(self) -> bool:
-        """Whether random numbers are drawn in train mode."""
-        return self.dropout_p > 0
-
     def forward(self, scores: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Scores (..., N, K) and value (..., K, D) give (..., N, D)."""
         dropout_p = self.dropout_p if self.training else 0.0
@@ -106,11 +102,14 @@ class QuantizedSoftmaxMatmul(nn.Module):
     def inference_form(self, scores: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         return torch.matmul(torch.softmax(scores, -1), value)
 
+    def draws(self) -> bool:
+        return self.dropout_p > 0
+
     def extra_repr(self) -> str:
         return f"dropout_p={self.dropout_p}, bits={self.bits}"
 
 
-class QuantizedAttention(nn.Module):
+class QuantizedAttention(Drawing):
     """`F.scaled_dot_product_attention` that keeps q, k, v and a coded map, eq. (7) to (9).
 
     Args:
@@ -135,11 +134,6 @@ class QuantizedAttention(nn.Module):
         self.scale = scale
         self.bits = bits
 
-    @property
-    def draws(self) -> bool:
-        """Whether random numbers are drawn in train mode."""
-        return self.dropout_p > 0
-
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None
     ) -> torch.Tensor:
@@ -154,6 +148,9 @@ class QuantizedAttention(nn.Module):
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None
     ) -> torch.Tensor:
         return F.scaled_dot_product_attention(query, key, value, mask, self.eval_dropout_p, self.is_causal, scale=self.scale)
+
+    def draws(self) -> bool:
+        return self.dropout_p > 0
 
     def extra_repr(self) -> str:
         return f"dropout_p={self.dropout_p}, is_causal={self.is_causal}, scale={self.scale}, bits={self.bits}"

@@ -8,9 +8,9 @@ import torch
 from torch import fx, nn
 
 from s2a_fx.graph import torch_internals
-from s2a_fx.graph.probe import may_draw
 from s2a_fx.graph.regions import Region, modules_within
 from s2a_fx.graph.torch_internals import FakeTensor
+from s2a_fx.nn.random_numbers import may_draw
 
 PART_BYTES = 24 * 10**6
 """What the wide tensors of a part may take: smaller parts cost time, larger ones stand in the peak."""

@@ -7,7 +7,9 @@ from small_models import small_model
 from torch import nn
 
 import s2a_fx
+from s2a_fx.analysis.measure import measure_saved_bytes
 from s2a_fx.analysis.normalized_branches import normalized_branches
+from s2a_fx.passes import CompressActivations
 
 
 class Residual(nn.Module):
@@ -155,3 +157,72 @@ def test_batch_norm_inside_is_no_branch():
     body = nn.Sequential(nn.Linear(32, 64), nn.BatchNorm1d(5), nn.Linear(64, 32))
     assert branches_of(Residual(body)) == ()
     assert branches_of(Residual(mlp(), nn.LayerNorm((5, 32)))) == ()  # over two dimensions
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        lambda x, w: F.layer_norm(x, x.shape[-1:], w),
+        lambda x, w: F.layer_norm(x, w.shape, w),
+        lambda x, w: F.rms_norm(x, x.shape[-1:], w, 1e-5),
+        lambda x, w: F.layer_norm(x, (x.shape[-1],), w),
+        lambda x, w: torch.layer_norm(x, [x.size(-1)], w),
+        lambda x, w: F.layer_norm(normalized_shape=w.size(), weight=w, input=x),
+        lambda x, w: torch.ops.aten.layer_norm.default(x, [x.size(-1)], w),
+    ],
+    ids=["shape", "weight_shape", "rms_norm", "tuple", "size", "keywords", "aten"],
+)
+def test_a_norm_over_a_shape_that_is_read_from_a_tensor(norm):
+    class Shaped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.body = nn.Parameter(torch.ones(32)), mlp()
+
+        def forward(self, x):
+            return x + self.body(norm(x, self.weight))
+
+    (branch,) = branches_of(Shaped())
+    assert (branch.rule.eps, branch.weight, branch.bias) == (1e-5, "1.weight", None)
+    assert str(branch.source.target) == "0"
+    model, x = nn.Sequential(nn.Linear(32, 32), Shaped()), torch.randn(64, 16, 32)
+    gm = s2a_fx.transform(model, (x,), [CompressActivations()])
+    assert any(type(module).__name__ == "CodedLayerNorm" for module in gm.modules())
+    assert s2a_fx.analyze(gm, x).saved_bytes == measure_saved_bytes(gm, (x,))
+
+
+def test_a_norm_whose_weight_is_computed_is_none():
+    class Doubled(Residual):
+        def forward(self, x):
+            return x + self.body(F.layer_norm(x, (32,), self.norm.weight * 2))
+
+    assert branches_of(Doubled(mlp())) == ()
+
+
+def test_a_branch_ends_before_a_model_s_own_drop_path():
+    class DropPath(nn.Module):
+        def forward(self, x):
+            return x / 0.9 * torch.rand(len(x), 1, 1).add(0.9).floor_() if self.training else x
+
+    (branch,) = branches_of(Residual(nn.Sequential(mlp(), DropPath())))
+    assert str(branch.output.target) == "1.body.0.2"
+    assert branch.by_image
+
+
+@pytest.mark.parametrize(
+    ("between", "by_image"),
+    [
+        (lambda x: x.softmax(-1), True),
+        (lambda x: x.softmax(dim=-3), False),
+        (lambda x: torch.softmax(x, 0), False),
+        (lambda x: x - x.mean(dim=(1, 2), keepdim=True), True),
+        (lambda x: x - x.mean(), False),
+        (lambda x: torch.maximum(x, x.roll(1, -1)), True),
+        (lambda x: x + x.roll(1, 0), False),
+        (lambda x: torch.max(x, x * 2), True),
+        (lambda x: F.normalize(x, dim=0), False),
+        (lambda x: F.normalize(x, dim=-1), True),
+    ],
+)
+def test_what_lets_images_meet_does_not_run_by_image(between, by_image):
+    (branch,) = branches_of(Residual(Called(lambda x, training: between(x))), torch.randn(3, 5, 32))
+    assert branch.by_image is by_image

@@ -1,9 +1,12 @@
 """One operator is one `Call`, however a model spells it."""
 
 import operator
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import timm.layers
 import torch
 import torch.nn.functional as F
@@ -11,7 +14,7 @@ from timm.layers.drop import drop_path
 from torch import fx, nn
 
 import s2a_fx
-from s2a_fx.graph.calls import Call, call_of, canonical, find_calls, written_operand
+from s2a_fx.graph.calls import Call, call_of, canonical, find_calls, operator_of, written_operand
 from s2a_fx.graph.training_switch import Difference, TrainingSwitch
 
 aten = torch.ops.aten
@@ -318,3 +321,117 @@ def test_find_calls_finds_every_spelling_in_a_traced_model() -> None:
     assert [call.path_of("weight") for call in calls] == ["norm.weight", "weight", "weight", "weight"]
     assert {call.options["normalized_shape"] for call in calls} == {(8,)}
     assert find_calls(gm, F.layer_norm) == calls
+
+
+class _Scoped(nn.Module):
+    """A norm under `no_grad`, and one that trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.LayerNorm(8), nn.LayerNorm(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            x = self.first(x)
+        return self.second(x)
+
+
+def test_find_calls_finds_what_runs_without_gradients() -> None:
+    gm = s2a_fx.trace(_Scoped(), (torch.randn(2, 4, 8),))
+    assert [call.path_of("weight") for call in find_calls(gm, F.layer_norm)] == ["first.weight", "second.weight"]
+
+
+def test_find_calls_finds_functions_that_are_no_operator_of_aten() -> None:
+    class Resized(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.interpolate(F.normalize(x), scale_factor=2.0)
+
+    gm = s2a_fx.trace(Resized(), (torch.randn(2, 3, 4, 4),))
+    assert find_calls(gm, F.normalize)[0].options["dim"] == 1
+    assert find_calls(gm, F.interpolate)[0].options["mode"] == "nearest"
+
+
+def _user_function(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [nn.Sequential, nn.MultiheadAttention, nn.LayerNorm(8), _user_function, "layer_norm", torch.nn.init.normal_, None],
+    ids=lambda wrong: getattr(wrong, "__name__", type(wrong).__name__),
+)
+def test_find_calls_takes_operators_alone(wrong: Any) -> None:
+    gm = s2a_fx.trace(_Norms(), (torch.randn(2, 4, 8),))
+    with pytest.raises(s2a_fx.InputError, match=r"find_calls: .* is no one operator of torch's; give a function of torch"):
+        find_calls(gm, wrong)
+
+
+def test_the_pass_of_contributing_md_finds_the_norms_of_timm() -> None:
+    text = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
+    code = next(block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "find_calls" in block)
+    names: dict[str, Any] = {"__name__": __name__}
+    exec(code, names)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=5).eval()
+    x = torch.randn(2, 3, 32, 32)
+    assert not any(isinstance(module, nn.LayerNorm) for module in s2a_fx.trace(model, (x,)).modules())
+    gm = s2a_fx.transform(model, (x,), [names["ClampNormInputs"](bound=0.1)]).eval()
+    calls = s2a_fx.find_calls(gm, nn.LayerNorm)
+    assert [call.operator for call in calls] == [F.layer_norm] * 5
+    assert [call_of(gm, call.input).options["max_val"] for call in calls] == [0.1] * 5  # type: ignore[union-attr]
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.register_forward_pre_hook(lambda module, args: args[0].clamp(-0.1, 0.1))
+    assert torch.equal(gm(x), model(x))
+
+
+@pytest.mark.parametrize(("spelling", "drawn"), [(torch.rand, True), (torch.zeros, False), (torch.randn, True)])
+def test_what_reads_no_tensor_is_a_call(spelling: Any, drawn: bool) -> None:
+    call = _call(spelling, (2, 3))
+    assert call is not None and call.operator is spelling and not call.operands and call.draws is drawn
+
+
+def test_a_probability_that_the_graph_computes_may_be_any() -> None:
+    call = _call(F.dropout, "x", "y")
+    assert call is not None and call.draws
+
+
+def test_a_class_derived_from_a_layer_is_of_its_operator_and_no_call() -> None:
+    class Louder(nn.Conv2d):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002
+            return 2 * super().forward(input)
+
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    nodes = [graph.call_module(name, (x,)) for name in ("louder", "synced", "pool")]
+    graph.output(nodes)
+    root = nn.ModuleDict({"louder": Louder(3, 3, 1), "synced": nn.SyncBatchNorm(3), "pool": nn.Sequential()})
+    gm = fx.GraphModule(root, graph)
+    assert [operator_of(gm, node) for node in nodes] == [F.conv2d, F.batch_norm, None]
+    assert [call_of(gm, node) for node in nodes] == [None, None, None]
+
+
+def test_a_write_by_position_is_no_dead_code() -> None:
+    class Rectified(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = x * 2
+            F.relu(y, True)
+            F.leaky_relu(y, 0.5, True)
+            return y
+
+    x = torch.randn(2, 8)
+    assert torch.equal(s2a_fx.trace(Rectified(), (x,))(x), Rectified()(x))
+
+
+def test_every_augmented_assignment_writes() -> None:
+    class Assigned(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            inside, y = x > 0, 10 * x
+            seen, shown = inside, y
+            inside &= x < 1
+            y //= 3
+            y %= 2
+            y **= 2
+            return seen + shown
+
+    x = torch.randn(4, 8)
+    assert torch.equal(s2a_fx.trace(Assigned(), (x,))(x), Assigned()(x))

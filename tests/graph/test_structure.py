@@ -156,6 +156,18 @@ def test_recipes_find_their_places_and_keep_what_is_predicted(name, recipe):
         assert_alike(answer(gm, x), answer(model.train(), x))
 
 
+def test_the_side_branch_reads_whole_images_where_a_model_runs_parts_of_them_too():
+    model, x = timm_model("tnt_s_patch16_224", 64, img_size=64, depth=2, embed_dim=48)
+    assert len(residual_blocks(s2a_fx.trace(model, x))) == 5  # the last module is a block; of the other, four additions
+    gm = s2a_fx.transform(model, x, "bias+lrp+lsb")
+    assert s2a_fx.analyze(gm, x).saved_bytes == measure_saved_bytes(gm, (x,))
+    assert {name for name, _ in gm.side_branch.named_children() if name.startswith("blocks")} == {
+        "blocks_0_2",
+        "blocks_0_3",
+        "blocks_1",
+    }
+
+
 def gated(layers, x):
     return x + layers[1](x).sigmoid() * layers[2](layers[0](x))
 

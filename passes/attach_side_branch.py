@@ -55,7 +55,7 @@ class AttachSideBranch(Pass):
             )
         if any(path == "side_branch" for path, _ in gm.named_children()):
             raise PassError("AttachSideBranch: the model has a side branch already; apply the pass once.")
-        taps = self._taps(gm)
+        taps = self._taps(gm, images=heads[0].meta["val"].shape[0])
         if not taps:
             raise PassError(
                 "AttachSideBranch: found no residual block with a known layout to read; "
@@ -72,13 +72,16 @@ class AttachSideBranch(Pass):
                     _add_to_head(gm, head, index, side, channels, factory)
         return True
 
-    def _taps(self, gm: fx.GraphModule) -> list[tuple[str, fx.Node, Layout]]:
+    def _taps(self, gm: fx.GraphModule, images: int) -> list[tuple[str, fx.Node, Layout]]:
         taps = []
         blocks = [block for stage in stages(gm)[self.skip :] for block in stage]
         for block in blocks[self.every - 1 :: self.every]:
             layout = layout_of(gm, block.output)
             if layout is None:
                 add_note(gm, "AttachSideBranch", block.output.name, f"{block.path}: neither tokens nor a map with known channels")
+                continue
+            if block.output.meta["val"].shape[0] != images:
+                add_note(gm, "AttachSideBranch", block.output.name, f"{block.path}: parts of images, which no map of one follows")
                 continue
             if layout.channels % self.reduction:
                 raise InputError(

@@ -31,7 +31,9 @@ class CheckpointBlocks(Pass):
     def rewrite(self, gm: fx.GraphModule) -> bool:
         blocks = residual_blocks(gm)
         if not blocks:
-            raise PassError("CheckpointBlocks: found no residual block (no module adds to its own input); take another recipe.")
+            raise PassError(
+                "CheckpointBlocks: found no residual block (nothing is added to what it is computed from); take another recipe."
+            )
         trained = trained_nodes(gm)
         modified = False
         for block in blocks:

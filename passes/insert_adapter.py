@@ -41,7 +41,9 @@ class InsertAdapter(Pass):
     def rewrite(self, gm: fx.GraphModule) -> bool:
         branches = residual_branches(gm)
         if not branches:
-            raise PassError("InsertAdapter: found no residual block (no module adds to its own input); take another recipe.")
+            raise PassError(
+                "InsertAdapter: found no residual block (nothing is added to what it is computed from); take another recipe."
+            )
         if self.last:
             branches = tuple({branch.path: branch for branch in branches}.values())
         places = [place for branch in branches if (place := self._place(gm, branch))]

@@ -51,7 +51,7 @@ class InsertLowRankPrompt(Pass):
             places = [(owner_path(node), node, list(node.users)) for node in gm.graph.nodes if self.where(node)]
         if not places:
             raise PassError(
-                "InsertLowRankPrompt: found no residual block (no module adds to its own input); "
+                "InsertLowRankPrompt: found no residual block (nothing is added to what it is computed from); "
                 "say where=, or take a recipe without prompts, such as bias"
                 if self.where is None
                 else "InsertLowRankPrompt: the predicate `where` is true for no node; print(gm.graph) shows them"

@@ -49,6 +49,9 @@ class Structure:
     spec: TreeSpec
     dataclasses: tuple[tuple[int, type, "Structure", int], ...] = ()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Structure":
+        return self
+
     @staticmethod
     def of(value: Any) -> tuple[list[Any], "Structure"]:
         """The leaves of a value, constants and None among them, and its structure."""
@@ -140,6 +143,9 @@ class Signature:
     given: Mapping[str, _Given]
     args: tuple[str, ...]
     optional: tuple[str, ...] = ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Signature":
+        return self
 
     @staticmethod
     def of(model: nn.Module, example_inputs: Any) -> tuple["Signature", tuple[torch.Tensor, ...]]:

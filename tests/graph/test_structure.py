@@ -9,9 +9,10 @@ from torch import nn
 import s2a_fx
 from s2a_fx.analysis.measure import measure_saved_bytes
 from s2a_fx.graph.heads import classification_heads, head_parameters
-from s2a_fx.graph.structure import residual_blocks
+from s2a_fx.graph.structure import residual_blocks, residual_branches
 
 IMAGES = torch.randn(2, 3, 32, 32)
+TOKENS = torch.randn(2, 6, 8)
 
 
 class InlineCNN(nn.Module):
@@ -70,6 +71,16 @@ def timm_model(name, size=32, **options):
     return timm.create_model(name, num_classes=5, **options), torch.randn(2, 3, size, size)
 
 
+def hugging_face(name):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=32, patch_size=8, num_labels=5
+    )
+    model = getattr(transformers, f"{name}ForImageClassification")(config)
+    return model, {"pixel_values": IMAGES, "labels": torch.tensor([1, 3])}
+
+
 def distilled():
     model, x = timm_model("deit_tiny_distilled_patch16_224", img_size=32, depth=2)
     model.set_distilled_training(True)
@@ -84,9 +95,43 @@ MODELS = {
     "crossvit": lambda: timm_model("crossvit_9_240", 240, embed_dim=(32, 48), num_heads=(2, 2), depth=((1, 1, 0), (1, 1, 0))),
     "coat_lite": lambda: timm_model("coat_lite_tiny", 64, img_size=64, serial_depths=(1, 1, 1, 1), embed_dims=(16, 32, 32, 64)),
     "volo": lambda: timm_model("volo_d1_224", 64, img_size=64),
+    "repvit": lambda: timm_model("repvit_m0_9", 64),
+    "ViT by keyword": lambda: hugging_face("ViT"),
+    "DINOv2 by keyword": lambda: hugging_face("Dinov2"),
 }
-BLOCKS = {"inline": 3, "plain ViT": 2, "tower": 4, "distilled": 2}
+BLOCKS = {"inline": 3, "plain ViT": 2, "tower": 4, "distilled": 2, "coat_lite": 4, "volo": 20, "repvit": 49}
+BLOCKS |= {"ViT by keyword": 2, "DINOv2 by keyword": 2}
 HEADS = {"tower": {"projection"}, "distilled": {"head.weight", "head.bias", "head_dist.weight", "head_dist.bias"}}
+HEADS["repvit"] = {"head.head.l.weight", "head.head.l.bias", "head.head_dist.l.weight", "head.head_dist.l.bias"}
+HEADS |= {name: {"classifier.weight", "classifier.bias"} for name in ("ViT by keyword", "DINOv2 by keyword")}
+
+
+def answer(model, inputs):
+    return model(**inputs) if isinstance(inputs, dict) else model(inputs)
+
+
+class Positional(nn.Module):
+    """A model that is called by keyword, called by position."""
+
+    def __init__(self, model, names):
+        super().__init__()
+        self.model, self.names = model, names
+
+    def forward(self, *values):
+        return self.model(**dict(zip(self.names, values, strict=True)))
+
+
+def kept(model, inputs):
+    if isinstance(inputs, dict):
+        return measure_saved_bytes(Positional(model, inputs), tuple(inputs.values()))
+    return measure_saved_bytes(model, (inputs,))
+
+
+def assert_alike(found, wanted):
+    """Equal to float tolerance, outputs that are dataclasses too."""
+    if hasattr(wanted, "to_tuple"):
+        found, wanted = found.to_tuple(), wanted.to_tuple()
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -99,13 +144,146 @@ def test_blocks_and_heads_are_found(name):
 
 @pytest.mark.parametrize("recipe", ["bias+lrp", "bias+checkpoint", "s2a-max"])
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.filterwarnings("error:erase_node")
 def test_recipes_find_their_places_and_keep_what_is_predicted(name, recipe):
     model, x = MODELS[name]()
     gm = s2a_fx.transform(model.eval(), x, recipe)
     with torch.no_grad():
-        torch.testing.assert_close(gm(x), model(x), rtol=1e-4, atol=1e-5)
+        assert_alike(answer(gm, x), answer(model, x))
     gm.train()
+    assert s2a_fx.analyze(gm, x).saved_bytes == kept(gm, x)
+    with torch.no_grad():
+        assert_alike(answer(gm, x), answer(model.train(), x))
+
+
+def test_the_side_branch_reads_whole_images_where_a_model_runs_parts_of_them_too():
+    model, x = timm_model("tnt_s_patch16_224", 64, img_size=64, depth=2, embed_dim=48)
+    assert len(residual_blocks(s2a_fx.trace(model, x))) == 5  # the last module is a block; of the other, four additions
+    gm = s2a_fx.transform(model, x, "bias+lrp+lsb")
     assert s2a_fx.analyze(gm, x).saved_bytes == measure_saved_bytes(gm, (x,))
+    assert {name for name, _ in gm.side_branch.named_children() if name.startswith("blocks")} == {
+        "blocks_0_2",
+        "blocks_0_3",
+        "blocks_1",
+    }
+
+
+def gated(layers, x):
+    return x + layers[1](x).sigmoid() * layers[2](layers[0](x))
+
+
+def scaled(layers, x):
+    return layers[0].weight * layers[1](x) * 0.5 + x
+
+
+def dropped(layers, x):
+    keep = x.new_empty(x.shape[0], 1, 1).bernoulli_(0.9)
+    return x.add_(layers[1](layers[0](x)) * keep)
+
+
+def normed_after(layers, x):
+    x = layers[0](x + layers[1](x))
+    return layers[3](x + layers[2](x))
+
+
+def parallel(layers, x):
+    y = layers[0](x)
+    return x + layers[1](y) + layers[2](y)
+
+
+def attending(layers, x):
+    b, n, c = x.shape
+    y = layers[1](x).reshape(b, n, 2, c // 2).transpose(1, 2)
+    return x + layers[2]((y @ y.mT).softmax(-1).matmul(y).transpose(1, 2).reshape(b, n, c))
+
+
+def nested(layers, x):
+    y = layers[1](x)
+    return x + layers[2](y + layers[0](y))
+
+
+def long_way_round(layers, x):
+    y = x + layers[1](x)
+    return x + (y + layers[2](y))
+
+
+class InOneForward(nn.Module):
+    """A body written as a function of its layers, once or several times in one forward."""
+
+    def __init__(self, body, times):
+        super().__init__()
+        self.body, self.stem, self.head = body, nn.Linear(8, 8), nn.Linear(8, 3)
+        layers = lambda: [nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 8), nn.LayerNorm(8)]  # noqa: E731
+        self.layers = nn.ModuleList(nn.ModuleList(layers()) for _ in range(times))
+
+    def forward(self, x):
+        x = self.stem(x)
+        for layers in self.layers:
+            x = self.body(layers, x)
+        return self.head(x.mean(1))
+
+
+class AsModules(nn.Module):
+    """The same, each time in a module of its own."""
+
+    def __init__(self, body, times):
+        super().__init__()
+        self.stem, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+        self.blocks = nn.Sequential(*(Body(body) for _ in range(times)))
+
+    def forward(self, x):
+        return self.head(self.blocks(self.stem(x)).mean(1))
+
+
+class Body(nn.Module):
+    def __init__(self, body):
+        super().__init__()
+        self.body = body
+        self.layers = nn.ModuleList([nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 8), nn.LayerNorm(8)])
+
+    def forward(self, x):
+        return self.body(self.layers, x)
+
+
+BODIES = {gated: 1, scaled: 1, dropped: 1, normed_after: 2, parallel: 1, attending: 1, nested: 1, long_way_round: 2}
+"""Each with the blocks that it makes where no module tells which additions belong together."""
+
+
+@pytest.mark.parametrize("body", BODIES, ids=lambda body: body.__name__)
+def test_blocks_are_found_whoever_writes_the_addition(body):
+    inline = residual_blocks(s2a_fx.trace(InOneForward(body, 2), TOKENS))
+    modules = residual_blocks(s2a_fx.trace(AsModules(body, 2), TOKENS))
+    assert len(inline) == 2 * BODIES[body]
+    assert [block.path for block in modules if "." not in block.path.removeprefix("blocks.")] == ["blocks.0", "blocks.1"]
+    for block in [*inline, *modules]:
+        inside = set(block.nodes)
+        assert block.entry not in inside
+        assert all(user in inside for node in block.nodes if node is not block.output for user in node.users)
+
+
+@pytest.mark.parametrize("recipe", ["bias+lrp", "bias+checkpoint", "s2a-max"])
+@pytest.mark.parametrize("body", BODIES, ids=lambda body: body.__name__)
+def test_recipes_serve_blocks_whoever_writes_the_addition(body, recipe):
+    model = InOneForward(body, 2).eval()
+    gm = s2a_fx.transform(model, TOKENS, recipe)
+    if body is not dropped:  # draws in eval, too
+        torch.testing.assert_close(gm(TOKENS), model(TOKENS))
+    gm.train()
+    assert s2a_fx.analyze(gm, TOKENS).saved_bytes == measure_saved_bytes(gm, (TOKENS,))
+
+
+def test_the_branches_of_parallel_layers_are_told_apart():
+    gm = s2a_fx.trace(AsModules(parallel, 1), TOKENS)
+    assert [branch.value.target for branch in residual_branches(gm)] == ["blocks.0.layers.1", "blocks.0.layers.2"]
+
+
+@pytest.mark.parametrize("recipe", ["lora", "adapter", "lst"])
+@pytest.mark.parametrize("name", ["inline", "tower"])
+def test_what_passes_insert_belongs_to_the_blocks_and_is_none(name, recipe):
+    model, x = MODELS[name]()
+    before = residual_blocks(s2a_fx.trace(model, x))
+    after = residual_blocks(s2a_fx.transform(model, x, recipe))
+    assert [block.output.name for block in after] == [block.output.name for block in before]
 
 
 class Headed(nn.Module):

@@ -55,6 +55,7 @@ def test_losses_and_saved_bytes_are_those_of_the_eager_passes(family, inner):
         assert measure_saved_bytes(compiled, (x,)) <= 1.05 * measure_saved_bytes(eager, (x,))
 
 
+@pytest.mark.slow
 def test_one_more_graph_serves_every_batch():
     model, x = tuned("vit")
     reference = copy.deepcopy(model)

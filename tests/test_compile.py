@@ -46,6 +46,7 @@ def test_ten_steps_of_inductor_have_the_losses_of_eager_mode(family):
     torch.testing.assert_close(ten_steps(compiled, x, 1e-3), ten_steps(other, x, 1e-3), rtol=1e-4, atol=0)
 
 
+@pytest.mark.slow
 def test_one_more_graph_serves_every_batch(vit):
     model, x = vit
     gm = s2a_fx.transform(model, x, "s2a")
@@ -58,7 +59,7 @@ def test_one_more_graph_serves_every_batch(vit):
     assert not counters["graph_break"]
 
 
-@pytest.mark.parametrize("name", ["vit", "resnet"])
+@pytest.mark.parametrize("name", ["vit", pytest.param("resnet", marks=pytest.mark.slow)])
 def test_autocast_is_seen(name):
     model, x = small_model(name)
     gm = s2a_fx.transform(model, x, "s2a")

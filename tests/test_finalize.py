@@ -339,7 +339,7 @@ WINDOWED = {
 
 
 @pytest.mark.parametrize("recipe", ["bias", "s2a"])
-@pytest.mark.parametrize("name", WINDOWED)
+@pytest.mark.parametrize("name", ["small", *(pytest.param(name, marks=pytest.mark.slow) for name in WINDOWED if name != "small")])
 def test_torchvision_s_windowed_models(name, recipe):
     torch.manual_seed(0)
     gm = s2a_fx.transform(WINDOWED[name](), (torch.randn(2, 3, 64, 64),), recipe).eval()

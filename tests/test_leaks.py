@@ -71,7 +71,7 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["vit", *(pytest.param(name, marks=pytest.mark.slow) for name in MODELS if name != "vit")])
 @pytest.mark.parametrize("call", CALLS)
 def test_nothing_is_left_of_a_call(call, name):
     model, x = MODELS[name]()

@@ -62,7 +62,7 @@ def test_an_image_in_no_folder_of_a_class_is_refused(place, tmp_path):
         open_data(small_run(folder, tmp_path / "run"), Processes())
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dataset", ["", "torch/image_folder"])
 @pytest.mark.parametrize(("split", "content"), [("train", "cut"), ("val", "cut"), ("val", "text")])
 def test_an_image_that_cannot_be_read_ends_the_run_with_its_name(split, content, dataset, workers, tmp_path):
@@ -118,7 +118,15 @@ def test_links_to_images_are_images(tmp_path):
 
 @pytest.mark.parametrize("dataset", FOLDERS)
 @pytest.mark.parametrize("split", ["train", "val"])
-@pytest.mark.parametrize(("becomes", "workers"), [("nothing", 0), ("nothing", 1), ("a folder", 0), ("a broken link", 0)])
+@pytest.mark.parametrize(
+    ("becomes", "workers"),
+    [
+        ("nothing", 0),
+        pytest.param("nothing", 1, marks=pytest.mark.slow),
+        pytest.param("a folder", 0, marks=pytest.mark.slow),
+        ("a broken link", 0),
+    ],
+)
 def test_an_image_that_goes_in_mid_run_ends_it_with_its_name(becomes, split, dataset, workers, tmp_path):
     folder = write_colours(tmp_path / "data", 4, 2)
     file = folder / split / "green" / "1.png"

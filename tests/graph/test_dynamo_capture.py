@@ -145,7 +145,16 @@ def hugging_face(name, **options):
     return getattr(transformers, f"{name}ForImageClassification")(config)
 
 
-@pytest.mark.parametrize("name", ["ViT", "Dinov2", "ResNet", "Segformer", "CLIP", "Siglip", "MobileViT"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ViT",
+        "Dinov2",
+        "ResNet",
+        "CLIP",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("Segformer", "Siglip", "MobileViT")),
+    ],
+)
 def test_hugging_face_by_keyword_with_its_loss(name):
     check(hugging_face(name), Inputs(pixel_values=IMAGES, labels=LABELS))
 
@@ -562,8 +571,10 @@ def test_a_parameter_that_no_module_registers_is_refused():
 # Both modes, held to the model
 
 
-@pytest.mark.parametrize("name", ["ViT", "Dinov2", "Segformer", "Siglip"])
-@pytest.mark.parametrize("checkpoints", [False, True])
+@pytest.mark.parametrize(
+    "name", ["ViT", "Siglip", *(pytest.param(name, marks=pytest.mark.slow) for name in ("Dinov2", "Segformer"))]
+)
+@pytest.mark.parametrize("checkpoints", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_hugging_face_is_traced_faithfully(name, checkpoints):
     model = hugging_face(name)
     if checkpoints:
@@ -618,6 +629,7 @@ def test_dead_code_and_questions_about_devices_are_no_difference():
 # The process
 
 
+@pytest.mark.slow
 def test_torch_compile_does_not_notice_a_hundred_captures():
     compiled = []
 

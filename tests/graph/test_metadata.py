@@ -28,7 +28,13 @@ def pickled(module):
 
 
 COPIES = pytest.mark.parametrize(
-    "copied", [copy.deepcopy, pickled, saved, lambda m: pickled(copy.deepcopy(saved(m)))], ids=["deepcopy", "pickle", "save", "all"]
+    "copied",
+    [
+        pytest.param(copy.deepcopy, id="deepcopy"),
+        pytest.param(pickled, id="pickle", marks=pytest.mark.slow),
+        pytest.param(saved, id="save", marks=pytest.mark.slow),
+        pytest.param(lambda m: pickled(copy.deepcopy(saved(m))), id="all"),
+    ],
 )
 
 

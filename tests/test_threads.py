@@ -39,10 +39,13 @@ def figures(model, recipe):
     return report.saved, report.peak.bytes, rewritten.saved, rewritten.peak.bytes, gm.code
 
 
-def losses_of_training(steps):
-    """Losses of a plain model; it draws nothing, since threads share one generator."""
+def plain_model():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16 * 16, 5))
+    return nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16 * 16, 5))
+
+
+def losses_of_training(model, steps):
+    """Losses of a model that draws nothing: threads share one generator."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     found = []
     for _ in range(steps):
@@ -56,7 +59,7 @@ def losses_of_training(steps):
 
 def run_beside_training(rounds, steps):
     wanted = {name: figures(make(), recipe) for name, make in MODELS.items() for recipe in ["bias+compress"]}
-    alone = losses_of_training(steps)
+    alone, beside = losses_of_training(plain_model(), steps), plain_model()
     call, read = nn.Module.__dict__["__call__"], nn.Module.__dict__["__getattr__"]
     failures, trained, start = [], [], threading.Barrier(5)
 
@@ -75,7 +78,7 @@ def run_beside_training(rounds, steps):
 
     runs = [lambda name=name: work(name) for name in ("vit", "CNN", "vit", "CNN")]
     threads = [threading.Thread(target=guarded, args=(run,)) for run in runs]
-    trainer = threading.Thread(target=guarded, args=(lambda: trained.append(losses_of_training(steps)),))
+    trainer = threading.Thread(target=guarded, args=(lambda: trained.append(losses_of_training(beside, steps)),))
     for thread in (*threads, trainer):
         thread.start()
     for thread in (*threads, trainer):

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 import transformers
+from slow import fast
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -249,7 +250,7 @@ HUGGING_FACE = {
 }
 
 
-@pytest.mark.parametrize("name", HUGGING_FACE)
+@pytest.mark.parametrize("name", fast(HUGGING_FACE, "ViT"))
 def test_hugging_face_models_switch_their_mode_and_keep_what_is_predicted(name):
     model = HUGGING_FACE[name]()
     heads = [n for n, p in model.named_parameters() if p.shape == (4,)]

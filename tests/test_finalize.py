@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from slow import fast
 from small_models import SMALL, small_model
 from steps import Twice, layers
 from timm.layers import DropPath
@@ -339,7 +340,7 @@ WINDOWED = {
 
 
 @pytest.mark.parametrize("recipe", ["bias", "s2a"])
-@pytest.mark.parametrize("name", ["small", *(pytest.param(name, marks=pytest.mark.slow) for name in WINDOWED if name != "small")])
+@pytest.mark.parametrize("name", fast(WINDOWED, "small"))
 def test_torchvision_s_windowed_models(name, recipe):
     torch.manual_seed(0)
     gm = s2a_fx.transform(WINDOWED[name](), (torch.randn(2, 3, 64, 64),), recipe).eval()

@@ -7,6 +7,7 @@ from contextlib import suppress
 
 import pytest
 import torch
+from slow import fast
 from small_models import small_model
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -71,8 +72,8 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", ["vit", *(pytest.param(name, marks=pytest.mark.slow) for name in MODELS if name != "vit")])
-@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("name", fast(MODELS, "vit"))
+@pytest.mark.parametrize("call", fast(CALLS, "analyze", "transform", "finalize"))
 def test_nothing_is_left_of_a_call(call, name):
     model, x = MODELS[name]()
     x = x[..., :32, :32] if name == "vit" else x

@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from slow import fast
 from small_models import small_model
 from torch import nn
 
@@ -32,7 +33,7 @@ def test_predicted_bytes_equal_bytes_held_by_autograd(family, recipe):
 
 
 @pytest.mark.parametrize("recipe", ["s2a", *(pytest.param(r, marks=pytest.mark.slow) for r in RECIPES if r != "s2a")])
-@pytest.mark.parametrize("name", FURTHER)
+@pytest.mark.parametrize("name", fast(FURTHER, "poolformer_s12", "mixer_s32_224"))
 def test_predicted_bytes_equal_bytes_held_by_autograd_in_further_families(name, recipe):
     model = timm.create_model(name, num_classes=5, **FURTHER[name]).train()
     x = torch.randn(2, *model.pretrained_cfg["input_size"])

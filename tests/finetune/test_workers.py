@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from colours import small_run
+from slow import fast
 
 import s2a_fx.finetune.run as run
 import s2a_fx.finetune.workers as bounds
@@ -103,7 +104,7 @@ def _wait(condition, seconds):
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="asks Linux which processes run")
-@pytest.mark.parametrize("start", ["fork", *(pytest.param(start, marks=pytest.mark.slow) for start in ("spawn", "forkserver"))])
+@pytest.mark.parametrize("start", fast(["fork", "spawn", "forkserver"], "fork"))
 def test_workers_end_with_a_run_that_is_killed(start, colours, tmp_path):
     """In the middle of an image, where a worker of torch's looks at nothing."""
     (tmp_path / "stuck.py").write_text(STUCK)

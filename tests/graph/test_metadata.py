@@ -30,7 +30,7 @@ def pickled(module):
 COPIES = pytest.mark.parametrize(
     "copied",
     [
-        pytest.param(copy.deepcopy, id="deepcopy"),
+        pytest.param(copy.deepcopy, id="deepcopy", marks=pytest.mark.slow),
         pytest.param(pickled, id="pickle", marks=pytest.mark.slow),
         pytest.param(saved, id="save", marks=pytest.mark.slow),
         pytest.param(lambda m: pickled(copy.deepcopy(saved(m))), id="all"),

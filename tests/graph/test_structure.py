@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from slow import fast
 from torch import nn
 
 import s2a_fx
@@ -142,7 +143,7 @@ def test_blocks_and_heads_are_found(name):
     assert head_parameters(gm) >= HEADS.get(name, {n for n, _ in model.named_parameters() if n.startswith("head.")})
 
 
-@pytest.mark.parametrize("recipe", ["bias+lrp", "bias+checkpoint", "s2a-max"])
+@pytest.mark.parametrize("recipe", fast(["bias+lrp", "bias+checkpoint", "s2a-max"], "bias+checkpoint"))
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.filterwarnings("error:erase_node")
 def test_recipes_find_their_places_and_keep_what_is_predicted(name, recipe):

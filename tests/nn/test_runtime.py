@@ -6,6 +6,7 @@ import io
 import pytest
 import timm
 import torch
+from slow import fast
 from small_models import small_model
 from timm.layers import register_notrace_module
 from torch import nn
@@ -56,7 +57,7 @@ def stepped(gm, x, between=lambda gm: None):
     return gradients(gm)
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", fast(RECIPES, "s2a-max", "bias+checkpoint"))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_other_parameters_and_buffers_have_the_gradients_of_a_model_that_holds_them(models, family, recipe):
     gm, x = models(family, recipe)
@@ -157,7 +158,7 @@ def test_two_backwards_add_up_to_one_and_count_a_batch_once(models, family, reci
         torch.testing.assert_close(g, whole[name], rtol=1e-3, atol=1e-5 * scale.item())
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", fast(RECIPES, "s2a-max"))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_another_batch_size_and_an_unpickled_model_are_analyzed(models, family, recipe):
     gm, x = models(family, recipe)

@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from slow import fast
 from timm.layers import BatchNormAct2d, freeze_batch_norm_2d
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
@@ -207,7 +208,7 @@ CONVERSIONS = {
 
 
 @pytest.mark.parametrize("conversion", CONVERSIONS)
-@pytest.mark.parametrize("name", ["efficientnet_b0", "resnet10t", "mobilenetv3_small_050"])
+@pytest.mark.parametrize("name", fast(["efficientnet_b0", "resnet10t", "mobilenetv3_small_050"], "resnet10t"))
 def test_norms_are_converted_as_in_any_model(name, conversion):
     torch.manual_seed(0)
     model, x = timm.create_model(name, num_classes=4), torch.randn(2, 3, 64, 64)

@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 from saved_bytes import cosine
+from slow import fast
 from small_models import small_model
 from steps import layers, step, ten_steps
 from torch import fx, nn
@@ -74,7 +75,7 @@ def test_predicted_peak_is_within_two_percent_of_the_allocator_s(family, recipe)
     assert s2a_fx.analyze(gm, x).peak_bytes == pytest.approx(measure_peak_bytes(gm, (x,), optimizer), rel=0.02)
 
 
-@pytest.mark.parametrize("recipe", METHODS)
+@pytest.mark.parametrize("recipe", fast(METHODS, "lora"))
 def test_ten_steps_lower_the_loss_and_change_what_trains_alone(family, recipe):
     """The head stays as it is: what the method trains must do it."""
     model, x = small_model(family)
@@ -375,7 +376,7 @@ def test_unknown_recipes_are_told(name):
         s2a_fx.recipes.resolve(name)
 
 
-@pytest.mark.parametrize("recipe", ["bias+lrp+lsb", *METHODS])
+@pytest.mark.parametrize("recipe", fast(["bias+lrp+lsb", *METHODS], "bias+lrp+lsb"))
 def test_inserting_leaves_the_model_s_blocks_as_they_were(family, recipe):
     model, x = small_model(family)
     gm, plain = s2a_fx.transform(model, x, recipe), s2a_fx.trace(model, x)

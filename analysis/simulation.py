@@ -6,7 +6,6 @@ dispatch mode sees every allocation, weak references see every release. No table
 `simulate` only records. What the record means is told by `saved.py` (what is kept) and `peak.py` (the timeline).
 """
 
-import re
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ from s2a_fx.graph import torch_internals
 from s2a_fx.graph.caches import without_caches
 from s2a_fx.graph.fake import fake_mode, fake_modules, fake_tensor, traced_inputs
 from s2a_fx.graph.regions import Checkpoint
-from s2a_fx.graph.torch_internals import neutral_state, shadow_of
+from s2a_fx.graph.torch_internals import neutral_state, operator_of_backward, saved_attributes, shadow_of
 from s2a_fx.nn.checkpointed import Checkpointed
 from s2a_fx.nn.recompute import at_most_parts
 from s2a_fx.ops import SAVED
@@ -142,7 +141,7 @@ class _Keeper:
         self.tokens: weakref.WeakSet[_Token] = weakref.WeakSet()
         self.order = 0
         self.naming: list[str] | None = None  # names for the tensors that are unpacked next
-        self.attributes: dict[str, list[str]] = {}
+        self.attributes: dict[str, dict[str, str]] = {}
         self.checkpointed = False  # what a checkpointed part keeps is its inputs; to read more of it would run it again
 
     def pack(self, tensor: torch.Tensor) -> _Token:
@@ -164,23 +163,23 @@ class _Keeper:
         return token.tensor
 
     def label(self, values: Iterable[torch.Tensor], node: str) -> None:
-        """Mark the autograd nodes that a graph node made, and name what they keep by reading their `_saved_*` attributes."""
+        """Mark the autograd nodes that a graph node made, and name what they keep by reading the attributes that hold it."""
         stack: list[Any] = [v.grad_fn for v in values if v.grad_fn is not None]
         while stack:
             function = stack.pop()
             if function is None or NODE in function.metadata:
                 continue
             function.metadata[NODE] = node
-            for attribute in () if self.checkpointed else self._saved_attributes(function):
-                self.naming = _operand_names(function, attribute)
+            for attribute, name in () if self.checkpointed else self._saved_attributes(function).items():
+                self.naming = _operand_names(function, name)
                 getattr(function, attribute)
             self.naming = None
             stack += [f for f, _ in function.next_functions if f is not None and type(f).__name__ != "AccumulateGrad"]
 
-    def _saved_attributes(self, function: Any) -> list[str]:
+    def _saved_attributes(self, function: Any) -> dict[str, str]:
         name = type(function).__name__
         if name not in self.attributes:
-            self.attributes[name] = [a for a in dir(function) if a.startswith("_saved_") or a == "saved_tensors"]
+            self.attributes[name] = saved_attributes(function)
         return self.attributes[name]
 
     def alive(self) -> tuple[SaveRecord, ...]:
@@ -190,16 +189,16 @@ class _Keeper:
         )
 
 
-def _operand_names(node: Any, attribute: str) -> list[str]:
-    """What to call the tensors behind an attribute: `GeluBackward0.self`, or an operator of this package and its own words."""
+def _operand_names(node: Any, saved: str) -> list[str]:
+    """What to call the tensors that an autograd node keeps as `saved`: `GeluBackward0.self`, or by an operator's own words."""
     function = type(node).__name__
     saved_names = getattr(node, "saved_names", None)
-    if saved_names and attribute == "saved_tensors":
+    if saved_names and saved == "saved_tensors":
         return [f"{function.strip('_').removesuffix('Backward')}.{name}" for name in saved_names]
-    custom = re.fullmatch(r"GeneratedBackwardFor_s2a_fx_(\w+)_defaultBackward", function)
-    if custom and attribute == "saved_tensors":
-        return [f"{custom[1]}.{name}" for name in SAVED[custom[1]]]
-    return [f"{function}.{attribute.removeprefix('_saved_')}"]
+    operator = operator_of_backward(function)
+    if operator and saved == "saved_tensors":
+        return [f"{operator}.{name}" for name in SAVED[operator]]
+    return [f"{function}.{saved}"]
 
 
 class _Runner(fx.Interpreter):

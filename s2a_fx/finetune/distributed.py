@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from s2a_fx.errors import InputError, S2AError
 from s2a_fx.finetune.units import make_units
+from s2a_fx.graph.torch_internals import without_compiler
 
 T = TypeVar("T")
 
@@ -147,7 +148,7 @@ def shared(gm: fx.GraphModule, processes: Processes, blocks: Sequence[str]) -> n
 
 def without_sync(model: nn.Module, without: bool) -> AbstractContextManager[Any]:
     """A context in which a backward adds up gradients in this process alone, if `without`."""
-    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper is neither
+    model = without_compiler(model)  # its wrapper is neither
     if isinstance(model, DistributedDataParallel) and without:
         return model.no_sync()
     if isinstance(model, FSDPModule):

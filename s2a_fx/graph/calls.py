@@ -174,7 +174,7 @@ _MODULE_OPTIONS: dict[type[nn.Module], dict[str, str]] = {nn.Unflatten: {"sizes"
 _MODULE_CONSTANTS: dict[type[nn.Module], dict[str, Any]] = {timm.layers.GELUTanh: {"approximate": "tanh"}}
 """Options that a module always has."""
 
-_CHANGES_GRADIENTS = ("detach", "detach_", "real", "imag", "conj", "_conj", "lift_fresh")
+_CHANGES_GRADIENTS = ("detach", "detach_", "real", "imag", "conj", torch_internals.CONJUGATE, "lift_fresh")
 """Views through which gradients do not flow as they do through others."""
 
 

@@ -202,11 +202,10 @@ def _is_own(gm: fx.GraphModule, node: fx.Node) -> bool:
 class _InPlace(nn.Module):
     """An in-place method or function, called on one of the model's own tensors."""
 
-    _is_impure = True  # as torch.fx asks before it eliminates dead code
-
     def __init__(self, target: Any) -> None:
         super().__init__()
         self.target = target
+        torch_internals.keep_call(self)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return getattr(args[0], self.target)(*args[1:], **kwargs) if isinstance(self.target, str) else self.target(*args, **kwargs)

@@ -8,13 +8,14 @@ from torch import fx, nn
 
 from s2a_fx.graph.calls import is_in_place, writes
 from s2a_fx.graph.regions import Region
+from s2a_fx.graph.torch_internals import acts
 
 
 def has_effects(gm: nn.Module, node: fx.Node) -> bool:
     """Whether a node does more than compute a value: it writes to an operand or a buffer, or acts otherwise."""
     if node.op == "call_module":
         module = gm.get_submodule(str(node.target))
-        return bool(getattr(module, "_is_impure", False)) or is_in_place(module)
+        return acts(module) or is_in_place(module)
     return node.op in ("call_function", "call_method") and (node.is_impure() or writes(gm, node))
 
 

@@ -19,7 +19,6 @@ class _Hook(nn.Module):
         with_kwargs: whether it takes keyword arguments, too.
     """
 
-    _is_impure = True  # a hook may act, and return nothing
     hook: Callable[..., Any]
     module: nn.Module
 
@@ -27,6 +26,7 @@ class _Hook(nn.Module):
         super().__init__()
         self.__dict__.update(hook=hook, module=module)  # not registered: the module keeps its one name in the state dict
         self.with_kwargs = with_kwargs
+        torch_internals.keep_call(self)  # a hook may act, and return nothing
 
     def extra_repr(self) -> str:
         return f"{getattr(self.hook, '__qualname__', self.hook)} on {type(self.module).__name__}"

@@ -194,7 +194,7 @@ def free_names(model: nn.Module) -> dict[str, str]:
 
 def _save_by_own_names(renamed: dict[str, str], module: nn.Module, state: Any, prefix: str, local_metadata: Any) -> None:
     _rename_keys(state, prefix, renamed)
-    versions = getattr(state, "_metadata", {})  # of modules, by path
+    versions = torch_internals.versions_by_path(state)
     versions.update({_renamed(path, prefix, renamed): version for path, version in versions.items()})
 
 

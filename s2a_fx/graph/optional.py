@@ -15,6 +15,7 @@ from s2a_fx.graph.edit import add_module, extract_region, free_path
 from s2a_fx.graph.flow import has_effects
 from s2a_fx.graph.regions import SCOPES, ModeRegion, Region, scopes_of
 from s2a_fx.graph.scopes import close_scopes, common_scopes
+from s2a_fx.graph.torch_internals import keep_call
 from s2a_fx.graph.training_switch import TrainingSwitch
 
 
@@ -30,7 +31,7 @@ class WhenGiven(Region):
     def __init__(self, body: fx.GraphModule, arguments: int, results: int, writes: bool) -> None:
         super().__init__(body=body)
         self.arguments, self.results = arguments, results
-        self._is_impure = writes  # torch.fx asks before it eliminates dead code
+        keep_call(self, writes)
 
     def forward(self, *operands: Any) -> Any:
         if any(argument is None for argument in operands[: self.arguments]):

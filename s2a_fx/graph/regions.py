@@ -15,6 +15,8 @@ import torch
 from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
 
+from s2a_fx.graph.torch_internals import keep_call
+
 Kind = Literal["grad_mode", "autocast", "checkpoint"]
 
 SCOPES = "scopes"
@@ -99,7 +101,7 @@ class ScopeRegion(Region):
     def __init__(self, scope: Scope, body: fx.GraphModule, writes: bool) -> None:
         super().__init__(body=body)
         self.scope = scope
-        self._is_impure = writes  # torch.fx asks before it eliminates dead code
+        keep_call(self, writes)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.scope.options)
@@ -145,7 +147,7 @@ class ModeRegion(Region):
 
     def __init__(self, body: fx.GraphModule, eval_body: fx.GraphModule, writes: bool) -> None:
         super().__init__(body=body, eval_body=eval_body)
-        self._is_impure = writes
+        keep_call(self, writes)
 
     def forward(self, *operands: Any) -> Any:
         return self.body(*operands) if self.training else self.eval_body(*operands)

@@ -121,6 +121,16 @@ def without_compiler(model: Any) -> Any:
     return model
 
 
+def keep_call(module: nn.Module, acts: bool = True) -> None:
+    """Say whether a module does more than compute a value: torch.fx then keeps its call though nobody reads the value."""
+    module._is_impure = acts  # type: ignore[assignment]
+
+
+def acts(module: nn.Module) -> bool:
+    """Whether a module says that it does more than compute a value."""
+    return bool(getattr(module, "_is_impure", False))
+
+
 def normalized_weights(model: nn.Module) -> list[torch.Tensor]:
     """The plain attributes that hooks of `weight_norm`, `spectral_norm` and pruning compute of parameters before each forward."""
     found = []
@@ -579,6 +589,11 @@ def rename_entry(module: nn.Module, name: str, new: str) -> None:
         module._non_persistent_buffers_set.symmetric_difference_update((name, new))
 
 
+def versions_by_path(state: dict[str, Any]) -> dict[str, Any]:
+    """What a state dict says of the module at each path, its version, to be edited in place."""
+    return getattr(state, "_metadata", {})
+
+
 def non_persistent_buffers(model: nn.Module) -> tuple[str, ...]:
     """The paths of the buffers that a model leaves out of its state dict."""
     return tuple(
@@ -807,6 +822,10 @@ batch_norm_with_statistics = torch._batch_norm_impl_index
 """What `F.batch_norm` calls: it returns the statistics of the batch, too."""
 
 
+CONJUGATE = "_conj"
+"""The ATen operator that `Tensor.conj` calls."""
+
+
 def full_name(overload: torch._ops.OpOverload) -> str:
     """`aten::add` for each of its overloads."""
     return overload._schema.name
@@ -838,6 +857,17 @@ def run_backward(value: torch.Tensor) -> None:
 def current_autograd_node() -> Any:
     """The node whose backward is running; None outside of one."""
     return torch._C._current_autograd_node()
+
+
+def saved_attributes(function: Any) -> dict[str, str]:
+    """The attributes of an autograd node that read what it keeps -> what to call that."""
+    return {a: a.removeprefix("_saved_") for a in dir(function) if a.startswith("_saved_") or a == "saved_tensors"}
+
+
+def operator_of_backward(name: str) -> str | None:
+    """The name of this package's operator whose backward is an autograd node of the type `name`."""
+    found = re.fullmatch(r"GeneratedBackwardFor_s2a_fx_(\w+)_defaultBackward", name)
+    return found[1] if found else None
 
 
 def below_autograd_and_autocast() -> contextlib.AbstractContextManager[Any]:

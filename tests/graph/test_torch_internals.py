@@ -32,6 +32,7 @@ def own_private_names() -> set[str]:
 
 
 OWN = own_private_names()
+ATTRIBUTES = {"_is_impure", "_orig_mod", "_metadata", "_tensor_name"}  # of objects that come and go
 TAKEN = {*dir(nn.Module()), *dir(fx.Graph()), *dir(fx.GraphModule(nn.Module(), fx.Graph())), *dir(torch.zeros(()))}
 
 
@@ -42,6 +43,11 @@ def is_own(attribute: ast.Attribute) -> bool:
         return True
     of_self = isinstance(attribute.value, ast.Name) and attribute.value.id in ("self", "cls")
     return attribute.attr in OWN and (of_self or attribute.attr not in TAKEN) and whole.partition(".")[0] not in TORCH
+
+
+def names_private(text: str) -> bool:
+    """Whether a string is a private name, to be read by `getattr` or imported."""
+    return text.startswith(("torch._", "_saved_")) or (text.isidentifier() and is_private(text) and text in TAKEN | ATTRIBUTES)
 
 
 def foreign_names(tree: ast.AST) -> Iterator[str]:
@@ -55,7 +61,7 @@ def foreign_names(tree: ast.AST) -> Iterator[str]:
             yield from (name for name in names if any(map(is_private, name.split("."))))
         elif isinstance(node, ast.Attribute) and is_private(node.attr) and not is_own(node):
             yield ast.unparse(node)
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("torch._"):
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and names_private(node.value):
             yield node.value
 
 
@@ -72,6 +78,8 @@ def test_no_other_file_reads_a_private_name_of_torch(path):
         "torch.nn.modules.conv._ConvNd",
         "module._parameters",
         "getLogger('torch._dynamo')",
+        "getattr(state, '_metadata', {})",
+        "module._is_impure = True",
     ],
 )
 def test_private_names_are_seen(line):

@@ -8,6 +8,7 @@ Dynamo's graph takes parameters and buffers as arguments and calls functions. It
     set_grad_enabled, enter_autocast, exit_autocast   scopes of the nodes between
     tag_activation_checkpoint(body, x)                the nodes of the body, in a checkpoint scope
     a symbolic size                                   x.size(0)
+    the device of the fake tensors                    x.device
     MyFunction.apply(x)                               call_module of an `ApplyFunction`
 """
 
@@ -31,7 +32,7 @@ from s2a_fx.graph.fx_capture import Captured, is_leaf, is_same_constant
 from s2a_fx.graph.inputs import Signature, Structure
 from s2a_fx.graph.provenance import module_stack, plain_path
 from s2a_fx.graph.regions import SCOPES, Scope
-from s2a_fx.graph.torch_internals import DynamoGraph, FakeTensorMode, Marker, tree_leaves
+from s2a_fx.graph.torch_internals import FAKE_DEVICE, CompilerAnswers, DynamoGraph, FakeTensorMode, Marker, tree_leaves, tree_map
 
 _LEAVES: contextvars.ContextVar[Sequence[nn.Module]] = contextvars.ContextVar("leaves")
 
@@ -70,17 +71,28 @@ def _graph_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], l
     """Dynamo's graph of a fake model.
 
     If Dynamo cannot follow the forward as Python runs it, it need not follow what a first call alone does, such as to install
-    hooks, and the forward may take the way that its author wrote for compilers.
+    hooks, and the forward may take the way that its author wrote for compilers: near where Dynamo stopped, and only there.
     """
-    try:
-        return torch_internals.dynamo_graph(model, args, kwargs, leaves, _run_leaf, says_compiling=False)
-    except Exception as refusal:
+    answers = CompilerAnswers()
+    for attempt in itertools.count():
         try:
-            with torch_internals.python_random_state():
-                model(*args, **kwargs)
-        except Exception:
-            raise refusal from None
-    return torch_internals.dynamo_graph(model, args, kwargs, leaves, _run_leaf, says_compiling=True)
+            return torch_internals.dynamo_graph(model, args, kwargs, leaves, _run_leaf, answers)
+        except Exception as refusal:
+            if not answers.say_compiling_around(refusal) and attempt:
+                raise
+            if not attempt and not _runs_once(model, args, kwargs):
+                raise
+    raise AssertionError("the attempts end when nobody is left to answer otherwise")
+
+
+def _runs_once(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Do what a first call alone does; returns whether it came to its end."""
+    try:
+        with torch_internals.python_random_state():
+            model(*args, **kwargs)
+    except Exception:
+        return False
+    return True
 
 
 def _with_larger_batch(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
@@ -175,6 +187,7 @@ class _Rebuilder:
         self.reads: dict[str, fx.Node] = {}
         self.symbols = self._symbols()
         self.sizes: dict[tuple[int, int], fx.Node] = {}
+        self.device: fx.Node | None = None
         self.idents = itertools.count()
 
     def build(self, results: Sequence[Any], others: Sequence[Any]) -> fx.Graph:
@@ -238,6 +251,16 @@ class _Rebuilder:
                 self.sizes[index, dimension] = self.graph.call_method("size", (self.inputs[index], dimension))
         return self.sizes[index, dimension]
 
+    def _located(self, argument: Any) -> Any:
+        """An argument of a call; a device that the model read from a tensor is read again, wherever the model is moved."""
+        if argument != FAKE_DEVICE or not isinstance(argument, torch.device) or not self.inputs:
+            return argument
+        if self.device is None:
+            floats = (node for node, leaf in zip(self.inputs, self.fakes_of_inputs, strict=True) if leaf.is_floating_point())
+            with self.graph.inserting_after(self.inputs[-1]):
+                self.device = self.graph.call_function(getattr, (next(floats, self.inputs[0]), "device"))
+        return self.device
+
     def _symbols(self) -> dict[tuple[int, int], torch.SymInt]:
         """The sizes of the inputs that may change, by the input's number and the dimension."""
         placeholders = self.found.graph_module.graph.find_nodes(op="placeholder")
@@ -295,7 +318,7 @@ class _Rebuilder:
 
     def _copy_node(self, node: fx.Node, values: Mapping[fx.Node, Any], scopes: tuple[Scope, ...]) -> fx.Node:
         arguments: Any = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-        args, kwargs = arguments
+        args, kwargs = tree_map(self._located, arguments)
         op, target, stack = node.op, node.target, self._stack(node)
         if target is _run_leaf:
             op, (index, *args) = "call_module", args
@@ -335,6 +358,8 @@ class _Rebuilder:
             contexts[:] = [context for context in contexts if context[0] is not node.args[0]]
             return
         kind, options = entered
+        if kind == "autocast" and dict(options)["device_type"] == FAKE_DEVICE.type:
+            options = tuple({**dict(options), "device_type": None}.items())
         if not torch_internals.sets_grad_mode(node):
             contexts.append((node, Scope(kind, next(self.idents), options)))
             return

@@ -116,10 +116,13 @@ class GradMode(ScopeRegion):
 
 
 class Autocast(ScopeRegion):
-    """A region under `torch.autocast`."""
+    """A region under `torch.autocast`; a scope without a device type means that of the operands."""
 
     def forward(self, *operands: Any) -> Any:
-        with torch.autocast(**dict(self.scope.options)):
+        options = dict(self.scope.options)
+        tensors = (value for value in (*operands, *self.parameters()) if isinstance(value, torch.Tensor))
+        device_type = options.pop("device_type") or next(tensors).device.type
+        with torch.autocast(device_type, **options):
             return self.body(*operands)
 
 

@@ -175,7 +175,7 @@ def make_fake(
         meta = torch.empty(shape, dtype=dtype, device="meta", requires_grad=requires_grad)
     else:
         meta = torch.empty_strided(shape, stride, dtype=dtype, device="meta", requires_grad=requires_grad)
-    fake: torch.Tensor = FakeTensor(mode, meta, torch.device("cpu"))
+    fake: torch.Tensor = FakeTensor(mode, meta, FAKE_DEVICE)
     if is_parameter:
         fake._is_param = True  # type: ignore[attr-defined]
     return fake
@@ -192,6 +192,9 @@ def shadow_of(fake: torch.Tensor) -> torch.Tensor:
         meta = fake.detach()
     return FakeTensor(fake.fake_mode, meta, fake.fake_device)
 
+
+FAKE_DEVICE = torch.device("cpu")
+"""The device that fake tensors say they are on, whatever the model is on."""
 
 ASKS_DEVICE = torch.ops.prim.device.default
 """What autograd asks of each result, in two of three calls that a mode sees; `tensor.device` answers at once."""
@@ -258,13 +261,13 @@ def dynamo_graph(
     kwargs: dict[str, Any],
     leaves: Sequence[torch.Tensor],
     run_leaf: Callable[..., Any],
-    says_compiling: bool,
+    answers: "CompilerAnswers",
 ) -> DynamoGraph:
     """Capture the forward of `model`; the first dimension of each of `leaves` stays symbolic where the model lets it.
 
     Args:
         run_leaf: a function that stays one node wherever the forward calls it.
-        says_compiling: what a model that asks `torch.compiler.is_compiling()` is told; alone in the process, it is told False.
+        answers: what a model that asks `torch.compiler.is_compiling()` is told.
 
     Dynamo serves `torch.compile`, too, and keeps caches and statistics for the process. One capture runs at a time, while nothing
     is compiled, and all of that is as before when it ends.
@@ -275,7 +278,7 @@ def dynamo_graph(
     for leaf in leaves:
         if leaf.ndim and leaf.shape[0] > 1:
             torch._dynamo.maybe_mark_dynamic(leaf, 0)
-    with compile_lock, _own_dynamo_state(), _answers(says_compiling):
+    with compile_lock, _own_dynamo_state(), answers.given():
         found = fullgraph_capture(model, tuple(args), kwargs)
         if found.backend_input is None:
             raise _NoGraph("it computes nothing")
@@ -286,21 +289,75 @@ def dynamo_graph(
         return DynamoGraph(found.backend_input.graph_module, code.arguments, code, code.self_name)
 
 
-@contextlib.contextmanager
-def _answers(says_compiling: bool) -> Iterator[None]:
-    """Let Dynamo take a model's questions about compilation for answered; nothing is exported."""
-    answers = torch._dynamo.variables.torch.tracing_state_functions()
-    own: dict[Any, bool | None] = {
-        torch.compiler.is_compiling: says_compiling,
-        torch.compiler.is_dynamo_compiling: says_compiling,
-        torch.compiler.is_exporting: False,  # torch 2.11 says True in every capture
-    }
-    before = {function: answers[function] for function in own}
-    answers.update(own)
-    try:
-        yield
-    finally:
-        answers.update(before)
+Frames: TypeAlias = tuple[tuple[str, str], ...]
+"""A stack of the model's code, outermost first: the file and the function."""
+
+
+class CompilerAnswers:
+    """What Dynamo is to answer when a forward asks whether it is compiled: no, but around the places where it could not go on.
+
+    Nothing is exported. A forward in which Dynamo stopped may have asked just before, to take a way that a compiler can follow.
+    It asks elsewhere, too, where the two ways compute different things, and there the capture takes the way that Python takes.
+    """
+
+    def __init__(self) -> None:
+        self._yes: set[Frames] = set()  # whoever asks in a stack that begins so is told yes
+        self._refused: set[Frames] = set()  # the stacks of those who were told no
+
+    def say_compiling_around(self, refusal: Exception) -> bool:
+        """Say yes, from now on, to those who ask nearest to where Dynamo stopped; returns whether anybody is left to tell."""
+        stopped = tuple((frame.filename, frame.name) for frame in dynamo_refusal(refusal)[1])
+        if not self._refused:
+            return False
+        depths = range(len(stopped), -1, -1)
+        self._yes.add(next(stopped[:n] for n in depths if any(asking[:n] == stopped[:n] for asking in self._refused)))
+        self._refused.clear()
+        return True
+
+    @contextlib.contextmanager
+    def given(self) -> Iterator[None]:
+        """Give these answers in the captures inside."""
+        from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
+
+        def answer(_: Any, translator: Any, *args: Any, **kwargs: Any) -> Any:
+            return torch._dynamo.variables.ConstantVariable.create(self._is_compiling(_frames(translator)))
+
+        def deny(*args: Any, **kwargs: Any) -> Any:
+            return torch._dynamo.variables.ConstantVariable.create(False)
+
+        handlers: Any = TorchInGraphFunctionVariable._get_handlers()
+        own = {
+            torch.compiler.is_compiling: answer,
+            torch.compiler.is_dynamo_compiling: answer,
+            torch.compiler.is_exporting: deny,  # torch 2.11 says True in every capture
+            torch.cuda.is_current_stream_capturing: deny,  # torch 2.11 would ask the GPU
+        }
+        before = {**handlers}
+        handlers.update(own)
+        try:
+            yield
+        finally:
+            handlers.clear()
+            handlers.update(before)
+
+    def _is_compiling(self, asking: Frames) -> bool:
+        if any(asking[: len(place)] == place for place in self._yes):
+            return True
+        self._refused.add(asking)
+        return False
+
+
+def _frames(translator: Any) -> Frames:
+    """The stack of the model's code in which Dynamo is."""
+    found = []
+    while translator is not None:
+        found.append((translator.f_code.co_filename, translator.f_code.co_name))
+        translator = translator.parent
+    return tuple(frame for frame in reversed(found) if _is_of_a_model(frame[0]))
+
+
+def _is_of_a_model(filename: str) -> bool:
+    return not filename.startswith(torch.__path__[0])
 
 
 @contextlib.contextmanager
@@ -397,7 +454,7 @@ def dynamo_refusal(error: Exception) -> tuple[str, list[traceback.FrameSummary]]
     """Why Dynamo could not follow a model, and the stack of the model's code where it stopped."""
     reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).rstrip(".")
     stack = [*(getattr(error, "real_stack", None) or ())]
-    return reason, [frame for frame in stack if not frame.filename.startswith(torch.__path__[0])]
+    return reason, [frame for frame in stack if _is_of_a_model(frame.filename)]
 
 
 def changes_context(node: fx.Node) -> bool:

@@ -1,6 +1,7 @@
 """Dynamo's capture: the graph computes, keeps and trains what the model does, in each mode, as do its copies."""
 
 import collections
+import contextvars
 import copy
 import dataclasses
 import functools
@@ -482,6 +483,40 @@ def test_a_model_that_asks_is_not_compiled():
     gm = check(Model(lambda self, x: self.b(x) if torch.compiler.is_compiling() else self.a(x)), X)
     assert targets(gm) == ["a"]
     assert torch.compile(lambda x: x * 2 if torch.compiler.is_compiling() else x, backend="eager")(X).equal(X * 2)
+
+
+_ACTIVE = contextvars.ContextVar("active", default=0)
+
+
+def is_compiling():
+    return torch.compiler.is_compiling()
+
+
+def set_unless_compiled(x):
+    """Dynamo cannot follow ContextVar.set."""
+    if not is_compiling():
+        _ACTIVE.reset(_ACTIVE.set(1))
+    return x
+
+
+def twice(x):
+    return set_unless_compiled(set_unless_compiled(x))
+
+
+def set_in_a_helper(x):
+    return x if torch.compiler.is_dynamo_compiling() else _set(x)
+
+
+def _set(x):
+    _ACTIVE.reset(_ACTIVE.set(1))
+    return x
+
+
+@pytest.mark.parametrize("step", [set_unless_compiled, twice, set_in_a_helper, lambda x: set_in_a_helper(twice(x))])
+@pytest.mark.parametrize("ask", [is_compiling, torch.compiler.is_compiling, torch.compiler.is_dynamo_compiling])
+def test_a_model_takes_the_way_for_compilers_only_where_dynamo_needs_it(step, ask):
+    gm = check(Model(lambda self, x: self.b(step(x)) if ask() else self.a(step(x))), X)
+    assert targets(gm) == ["a"]
 
 
 _GLOBAL = torch.arange(8.0)

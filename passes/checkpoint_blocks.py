@@ -3,8 +3,9 @@
     before  x = block(x)                      keeps what the block keeps
     after   x = checkpoint(block, x)          keeps x; the block runs again in the backward
 
-Leaves alone, with a note: blocks through which no gradient flows, and those that write to a buffer of the model or iterate a
-spectral norm, which a second run would do again. Running statistics of norms are safe.
+Leaves alone, with a note: blocks through which no gradient flows; those that write to a buffer of the model or iterate a spectral
+norm, which a second run would do again (running statistics of norms are safe); those that a later layer reads the inside of, such
+as the size of a feature map.
 """
 
 from dataclasses import dataclass
@@ -41,10 +42,18 @@ class CheckpointBlocks(Pass):
                 add_note(gm, "CheckpointBlocks", block.output.name, f"{block.path}: keeps nothing: no gradient flows through it")
             elif not _can_run_twice(gm, block):
                 add_note(gm, "CheckpointBlocks", block.output.name, f"{block.path}: writes to a buffer, and cannot run twice")
+            elif read := _read_outside(block):
+                add_note(gm, "CheckpointBlocks", block.output.name, f"{block.path}: {read[0].name} inside it is read elsewhere")
             else:
                 _replace(gm, block)
                 modified = True
         return modified
+
+
+def _read_outside(block: Block) -> list[fx.Node]:
+    """The nodes of a block, besides its output, that others read."""
+    inside = set(block.nodes)
+    return [node for node in block.nodes if node is not block.output and not inside.issuperset(node.users)]
 
 
 def _can_run_twice(gm: fx.GraphModule, block: Block) -> bool:
@@ -63,7 +72,7 @@ def _can_run_twice(gm: fx.GraphModule, block: Block) -> bool:
 
 def _replace(gm: fx.GraphModule, block: Block) -> None:
     inside = set(block.nodes)
-    nodes = (*(n for n in block.nodes if n is not block.output), block.output)  # nothing after the output is read elsewhere
+    nodes = (*(n for n in block.nodes if n is not block.output), block.output)  # nothing but the output is read elsewhere
     operands = tuple(dict.fromkeys(o for n in nodes for o in n.all_input_nodes if o not in inside))
     module = Checkpointed(*extract_bodies(gm, nodes, operands, None))
     with gm.graph.inserting_before(block.output):

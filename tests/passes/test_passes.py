@@ -3,11 +3,13 @@
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from small_models import small_model
 from torch import nn
 from torch.fx.passes.infra.pass_manager import PassManager
 
 import s2a_fx
+from s2a_fx.analysis.measure import measure_saved_bytes
 from s2a_fx.graph.metadata import notes_of
 from s2a_fx.passes import AttachSideBranch, FreezeWeights, InsertLowRankPrompt, QuantizeNonParametric
 from s2a_fx.zoo import timm_model
@@ -143,6 +145,43 @@ def test_layers_that_keep_nothing_are_left_alone(vit):
     gm = s2a_fx.transform(*vit, (FreezeWeights(keep=("head",)), QuantizeNonParametric()))
     assert all(n.reason == "keeps nothing: no gradient flows through it" for n in notes_of(gm))
     assert len(notes_of(gm)) == 6
+
+
+class SizedBlock(nn.Module):
+    """x + f(x), and the size of the feature map inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = nn.Conv2d(4, 4, 3, stride=2), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        y = self.inner(x)
+        return x + F.interpolate(self.outer(y), x.shape[-2:]), y.shape[-2:]
+
+
+def value(result):
+    return result if isinstance(result, torch.Tensor) else result[0]
+
+
+@pytest.mark.parametrize("reads", ["next block", "result"])
+def test_blocks_whose_inside_is_read_elsewhere_stay(reads):
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.third = SizedBlock(), SizedBlock(), SizedBlock()
+
+        def forward(self, x):
+            x, size = self.first(x)
+            if reads == "next block":
+                x = F.interpolate(F.adaptive_avg_pool2d(x, size), x.shape[-2:])
+            x = self.third(self.second(x)[0])[0].mean((2, 3))
+            return x if reads == "next block" else (x, size[0])
+
+    model, x = Network(), torch.randn(2, 4, 9, 9)
+    gm = s2a_fx.transform(model, (x,), "bias+checkpoint")
+    assert [note.reason for note in notes_of(gm)] == ["first: getitem_1 inside it is read elsewhere"]
+    assert value(gm(x)).equal(value(model(x)))
+    assert s2a_fx.analyze(gm, (x,), loss=lambda result: value(result).sum()).saved_bytes == measure_saved_bytes(gm, (x,))
 
 
 def test_layers_hidden_in_leaf_modules_are_named():

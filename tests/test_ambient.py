@@ -76,6 +76,7 @@ AROUND = {
     "default device": lambda: torch.device("meta"),
     "default dtype": lambda: default_dtype(torch.float64),
 }
+ALWAYS = ("no_grad", "inference_mode", "anomaly mode", "nested hooks", "fake mode", "default device", "default dtype")
 MODELS = {"vit": lambda: small_model("vit", depth=1, img_size=32)[0], "CNN": CNN, "tokens": Tokens}
 
 
@@ -103,7 +104,10 @@ def figures(model):
 
 @pytest.mark.filterwarnings("ignore:Anomaly Detection")
 @pytest.mark.parametrize("name", fast(MODELS, next(iter(MODELS))))
-@pytest.mark.parametrize("around", AROUND)
+@pytest.mark.parametrize(
+    "around",
+    fast(AROUND, "no_grad", "inference_mode", "anomaly mode", "nested hooks", "fake mode", "default device", "default dtype"),
+)
 def test_figures_and_models_are_those_of_the_top_of_a_program(around, name):
     torch.manual_seed(0)
     model = MODELS[name]()

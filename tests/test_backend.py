@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from saved_bytes import cosine
-from small_models import small_model
+from slow import fast
+from small_models import SMALL, small_model
 from steps import ten_steps
 from torch._dynamo.utils import counters
 
@@ -15,8 +16,8 @@ from s2a_fx.analysis.measure import measure_saved_bytes
 from s2a_fx.passes import CompressActivations, FuseAttention, RecomputeBranches
 
 EVERYTHING = (FuseAttention(), CompressActivations(smallest=0))
-FAMILIES = ["vit", "resnet", pytest.param("swin", marks=pytest.mark.slow), pytest.param("convnext", marks=pytest.mark.slow)]
-INNER = ["aot_eager", pytest.param("eager", marks=pytest.mark.slow), pytest.param("inductor", marks=pytest.mark.slow)]
+FAMILIES = fast(SMALL, "vit")
+INNER = fast(["aot_eager", "eager", "inductor"], "aot_eager")
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from saved_bytes import cosine
+from slow import fast
 from small_models import small_model
 from steps import ten_steps
 from torch._dynamo.utils import counters
@@ -25,9 +26,7 @@ def gradients(module, gm, x):
     return torch.cat([p.grad.flatten() for p in gm.parameters() if p.grad is not None])
 
 
-@pytest.mark.parametrize(
-    "recipe", ["s2a", EVERYTHING, pytest.param("s2a-max", marks=pytest.mark.slow)], ids=["s2a", "everything", "s2a-max"]
-)
+@pytest.mark.parametrize("recipe", fast(["s2a", EVERYTHING, "s2a-max"], "s2a"), ids=["s2a", "everything", "s2a-max"])
 def test_one_graph_has_the_gradients_of_eager_mode(vit, recipe):
     model, x = vit
     gm = s2a_fx.transform(model, x, recipe)
@@ -59,7 +58,8 @@ def test_one_more_graph_serves_every_batch(vit):
     assert not counters["graph_break"]
 
 
-@pytest.mark.parametrize("name", ["vit", pytest.param("resnet", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vit", "resnet"])
 def test_autocast_is_seen(name):
     model, x = small_model(name)
     gm = s2a_fx.transform(model, x, "s2a")

@@ -5,7 +5,7 @@ import contextlib
 import pytest
 import torch
 from slow import fast
-from small_models import small_model
+from small_models import SMALL, small_model
 from torch import nn
 
 import s2a_fx
@@ -18,6 +18,7 @@ from s2a_fx.passes import CompressActivations, FreezeWeights, RecomputeBranches
 
 
 @pytest.mark.parametrize("recipe", fast(["full", "bias", "s2a-paper", "s2a", "s2a-max"], "full", "s2a"))
+@pytest.mark.parametrize("family", fast(SMALL, "vit", "convnext", "resnet"))
 def test_predicted_peak_is_within_two_percent_of_the_allocator_s(family, recipe):
     model, x = small_model(family)
     gm = s2a_fx.transform(model, x, recipe)
@@ -25,7 +26,7 @@ def test_predicted_peak_is_within_two_percent_of_the_allocator_s(family, recipe)
     assert s2a_fx.analyze(gm, x).peak_bytes == pytest.approx(measure_peak_bytes(gm, (x,), optimizer), rel=0.02)
 
 
-@pytest.mark.parametrize("plan", ["recompute", "map"])
+@pytest.mark.parametrize("plan", fast(["recompute", "map"], "recompute"))
 def test_of_many_parts_a_few_tell_the_peak(vit, plan, monkeypatch):
     model, x = vit
     x = torch.cat([x] * 4)

@@ -64,7 +64,9 @@ def test_an_image_in_no_folder_of_a_class_is_refused(place, tmp_path):
 
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dataset", ["", "torch/image_folder"])
-@pytest.mark.parametrize(("split", "content"), [("train", "cut"), ("val", "cut"), ("val", "text")])
+@pytest.mark.parametrize(
+    ("split", "content"), [("train", "cut"), pytest.param("val", "cut", marks=pytest.mark.slow), ("val", "text")]
+)
 def test_an_image_that_cannot_be_read_ends_the_run_with_its_name(split, content, dataset, workers, tmp_path):
     folder = write_colours(tmp_path / "data", 4, 2)
     file = folder / split / "green" / "1.png"
@@ -124,7 +126,7 @@ def test_links_to_images_are_images(tmp_path):
         ("nothing", 0),
         pytest.param("nothing", 1, marks=pytest.mark.slow),
         pytest.param("a folder", 0, marks=pytest.mark.slow),
-        ("a broken link", 0),
+        pytest.param("a broken link", 0, marks=pytest.mark.slow),
     ],
 )
 def test_an_image_that_goes_in_mid_run_ends_it_with_its_name(becomes, split, dataset, workers, tmp_path):

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from slow import fast
 from small_models import SMALL, small_model
 from steps import assert_same
 
@@ -38,7 +39,7 @@ dist.destroy_process_group()
 @pytest.mark.parametrize(
     "recipe", ["s2a-max", *(pytest.param(r, marks=pytest.mark.slow) for r in ("full", "bias+checkpoint", "s2a"))]
 )
-@pytest.mark.parametrize("family", SMALL)
+@pytest.mark.parametrize("family", fast(SMALL, "vit", "convnext"))
 def test_a_model_in_units_is_the_same_model(family, recipe):
     model, x = small_model(family)
     plain, cut = (s2a_fx.transform(model, x, recipe) for _ in range(2))

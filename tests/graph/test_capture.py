@@ -283,7 +283,9 @@ def test_numbers_made_of_sizes_are_traced_by_torch_fx(name, monkeypatch):
 
 
 @pytest.mark.parametrize("recipe", ["bias", "bias+checkpoint", "bias+compress", "s2a", "s2a-max", "s2a-paper", "adapter"])
-@pytest.mark.parametrize("name", ["vit_small_patch16_dinov3", "vit_small_patch16_dinov3_qkvb"])
+@pytest.mark.parametrize(
+    "name", ["vit_small_patch16_dinov3_qkvb", pytest.param("vit_small_patch16_dinov3", marks=pytest.mark.slow)]
+)
 def test_recipes_of_dinov3(name, recipe):
     torch.manual_seed(0)
     model = timm.create_model(name, depth=2, embed_dim=64, num_heads=2, num_classes=4)

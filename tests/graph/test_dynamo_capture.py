@@ -13,6 +13,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
+from slow import fast
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
@@ -606,9 +607,7 @@ def test_a_parameter_that_no_module_registers_is_refused():
 # Both modes, held to the model
 
 
-@pytest.mark.parametrize(
-    "name", ["ViT", "Siglip", *(pytest.param(name, marks=pytest.mark.slow) for name in ("Dinov2", "Segformer"))]
-)
+@pytest.mark.parametrize("name", fast(["ViT", "Siglip", "Dinov2", "Segformer"], "ViT"))
 @pytest.mark.parametrize("checkpoints", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_hugging_face_is_traced_faithfully(name, checkpoints):
     model = hugging_face(name)

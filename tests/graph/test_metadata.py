@@ -7,7 +7,8 @@ import pickle
 import pytest
 import timm
 import torch
-from small_models import small_model
+from slow import fast
+from small_models import SMALL, small_model
 from torch import fx, nn
 
 import s2a_fx
@@ -39,6 +40,7 @@ COPIES = pytest.mark.parametrize(
 
 
 @COPIES
+@pytest.mark.parametrize("family", fast(SMALL, "vit", "convnext"))
 @pytest.mark.parametrize("recipe", ["s2a", "bias+checkpoint"])
 def test_reports_of_copies_are_equal(family, recipe, copied):
     model, x = small_model(family)
@@ -65,6 +67,7 @@ def test_records_of_copies_are_equal_and_apart(copied):
 
 
 @COPIES
+@pytest.mark.parametrize("family", fast(SMALL, "vit", "convnext"))
 def test_a_copy_takes_further_passes(family, copied):
     model, x = small_model(family)
     direct = s2a_fx.transform(s2a_fx.trace(model, x), x, "s2a")

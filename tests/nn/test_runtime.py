@@ -159,7 +159,7 @@ def test_two_backwards_add_up_to_one_and_count_a_batch_once(models, family, reci
 
 
 @pytest.mark.parametrize("recipe", fast(RECIPES, "s2a-max"))
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", fast(FAMILIES, "vit"))
 def test_another_batch_size_and_an_unpickled_model_are_analyzed(models, family, recipe):
     gm, x = models(family, recipe)
     file = io.BytesIO()

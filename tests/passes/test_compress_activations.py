@@ -12,7 +12,10 @@ from s2a_fx.analysis.measure import measure_saved_bytes
 from s2a_fx.passes import CompressActivations, FreezeWeights, RecomputeBranches
 
 RECIPES = ["s2a", "s2a-max"]
-TRAINED = [("vit", "s2a"), ("swin", "s2a"), ("convnext", "s2a"), ("resnet", "s2a"), ("vit", "s2a-max")]
+TRAINED = [
+    *(("vit", "s2a"), ("convnext", "s2a"), ("resnet", "s2a"), ("vit", "s2a-max")),
+    pytest.param("swin", "s2a", marks=pytest.mark.slow),
+]
 ALL = CompressActivations(smallest=1)
 
 
@@ -37,13 +40,6 @@ def seeded(module, x):
     torch.manual_seed(1)
     with torch.enable_grad():
         return module(x).detach()
-
-
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_predicted_bytes_equal_bytes_held_by_autograd(family, recipe):
-    model, x = small_model(family)
-    gm = s2a_fx.transform(model, x, recipe)
-    assert s2a_fx.analyze(gm, x).saved_bytes == measure_saved_bytes(gm, (x,))
 
 
 @pytest.mark.parametrize("family", ["vit", "convnext"])

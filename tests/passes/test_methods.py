@@ -8,7 +8,7 @@ import timm
 import torch
 from saved_bytes import cosine
 from slow import fast
-from small_models import small_model
+from small_models import SMALL, small_model
 from steps import layers, step, ten_steps
 from torch import fx, nn
 
@@ -50,6 +50,7 @@ def trained(gm):
     return {name for name, p in gm.named_parameters() if p.requires_grad}
 
 
+@pytest.mark.parametrize("family", fast(SMALL, "vit", "resnet"))
 @pytest.mark.parametrize("recipe", [*METHODS, *COMBINED, *CHECKPOINTED])
 def test_predicted_bytes_equal_bytes_held_by_autograd(family, recipe):
     model, x = small_model(family)
@@ -111,6 +112,7 @@ def test_state_dict_round_trip(family, recipe):
     assert torch.equal(other.eval()(x), gm.eval()(x))
 
 
+@pytest.mark.parametrize("family", fast(SMALL, "vit", "swin"))
 @pytest.mark.parametrize("recipe", METHODS)
 def test_weights_of_the_backbone_keep_their_names_and_train_no_more(family, recipe):
     model, x = small_model(family)
@@ -128,6 +130,7 @@ def test_another_batch_size(family, recipe):
     torch.testing.assert_close(gm(torch.cat((x, x)))[:2], gm(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", fast(SMALL, "vit", "resnet"))
 @pytest.mark.parametrize("recipe", ["unipt", "lst"])
 def test_beside_a_frozen_network_nothing_of_it_is_kept(family, recipe):
     model, x = small_model(family)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from slow import fast
 from small_models import small_model
 from steps import layers
 from torch import nn
@@ -43,7 +44,7 @@ def test_only_branches_as_narrow_as_asked():
     assert len(layers(gm, "RecomputedBranch")) == 4
 
 
-@pytest.mark.parametrize("bits", [1, 6])
+@pytest.mark.parametrize("bits", fast([1, 6], 6))
 def test_predicted_bytes_equal_bytes_held_by_autograd(family, bits):
     model, x = small_model(family)
     gm = s2a_fx.transform(model, x, (RecomputeBranches(bits=bits),))

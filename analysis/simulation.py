@@ -22,7 +22,7 @@ from s2a_fx.errors import InputError
 from s2a_fx.graph import torch_internals
 from s2a_fx.graph.caches import without_caches
 from s2a_fx.graph.fake import fake_mode, fake_modules, fake_tensor, traced_inputs
-from s2a_fx.graph.regions import Checkpoint
+from s2a_fx.graph.regions import Checkpoint, in_scopes
 from s2a_fx.graph.torch_internals import neutral_state, operator_of_backward, saved_attributes, shadow_of
 from s2a_fx.nn.checkpointed import Checkpointed
 from s2a_fx.nn.recompute import at_most_parts
@@ -218,6 +218,7 @@ class _Runner(fx.Interpreter):
         self.keeper.checkpointed = n.op == "call_module" and isinstance(
             self.module.get_submodule(str(n.target)), Checkpointed | Checkpoint
         )
-        result = super().run_node(n)
+        with in_scopes(n, "grad_mode", "autocast"):
+            result = super().run_node(n)
         self.keeper.label(tensors_in(result), n.name)
         return result

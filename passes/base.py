@@ -42,6 +42,8 @@ class Pass(abc.ABC):
             )
         with torch_internals.neutral_state(), without_caches(graph_module):
             opened = open_scopes(graph_module)
+            if opened:
+                propagate(graph_module)
             modified = self.rewrite(graph_module)
             if opened:
                 close_scopes(graph_module)

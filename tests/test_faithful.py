@@ -1,7 +1,9 @@
 """A rewritten model computes, keeps and trains what its model does, in train mode and in eval mode."""
 
 import copy
+import random
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -78,6 +80,28 @@ def checkpointed_in_train_mode(self, x):
     return self.head(checkpoint(self.body, x, use_reentrant=False) if self.training else self.body(x))
 
 
+def checkpointed_twice_over(self, x):
+    def inner(y):
+        return checkpoint(lambda z: self.drop(self.body(z)), F.gelu(self.body(y)), use_reentrant=False)
+
+    return self.head(checkpoint(inner, x, use_reentrant=False))
+
+
+def checkpointed_with_a_teacher(self, x):
+    def inner(y):
+        with torch.no_grad():
+            target = self.body(y)
+        return self.body(y) - self.drop(target)
+
+    return self.head(checkpoint(inner, x, use_reentrant=False))
+
+
+def clamps_its_weight(self, x):
+    with torch.no_grad():
+        self.body[0].weight.clamp_(-0.05, 0.05)
+    return self.head(self.body(x))
+
+
 def noise_in_train_mode(self, x):
     x = self.body(x)
     if self.training:
@@ -132,6 +156,9 @@ FUNCTIONS = [
     checkpointed,
     checkpointed_with_draws,
     checkpointed_in_train_mode,
+    checkpointed_twice_over,
+    checkpointed_with_a_teacher,
+    clamps_its_weight,
     noise_in_train_mode,
     masked_in_train_mode,
     two_heads_in_train_mode,
@@ -174,6 +201,86 @@ def test_steps_and_kept_bytes_are_the_model_s(name):
         assert (
             measure_saved_bytes(gm, (x,)) == s2a_fx.analyze(gm, (x,)).saved_bytes == kept == s2a_fx.analyze(model, (x,)).saved_bytes
         )
+
+
+@pytest.mark.parametrize("recipe", ["bias+compress", "lora", "bias+checkpoint"])
+@pytest.mark.parametrize(
+    "function", [without_gradients, detached_teacher, checkpointed_twice_over, checkpointed_with_a_teacher, clamps_its_weight]
+)
+def test_passes_edit_what_stands_in_a_context(function, recipe):
+    model = Body(lambda self, x: x + self.body(function(self, x).mean(1, keepdim=True) + x))
+    gm = s2a_fx.transform(model, (X,), recipe)
+    other = s2a_fx.transform(gm, (X,), "full")  # opens and closes the contexts again
+    for training in (True, False):
+        found, again, expected = (step(module, X, training) for module in (gm, other, model))
+        torch.testing.assert_close(found[0], expected[0])
+        torch.testing.assert_close(again[0], expected[0])
+        assert s2a_fx.analyze(gm.train(), (X,), loss=torch.sum).saved_bytes == measure_saved_bytes(gm, (X,))
+
+
+class Counts(nn.Module):
+    """Counts its steps in a buffer, by the operator that it is given."""
+
+    def __init__(self, count):
+        super().__init__()
+        self.layer, self.count, self.steps = nn.Linear(64, 3), count, nn.Buffer(torch.zeros(()))
+
+    def forward(self, x):
+        if self.training:
+            self.count(self)
+        return self.layer(x) / (1 + self.steps)
+
+
+def _augmented(self):
+    self.steps += 1
+
+
+def _augmented_in_an_alias(self):
+    steps = self.steps
+    steps += 1
+    self.steps = steps
+
+
+def _in_place(self):
+    self.steps.add_(1)
+
+
+def _catches(self):
+    try:
+        self.layer(torch.ones(2, 3))
+    except RuntimeError:
+        self.steps.add_(1)
+
+
+@pytest.mark.parametrize("count", [_augmented, _augmented_in_an_alias, _in_place, _catches])
+def test_a_buffer_that_is_counted_up(count):
+    model = Counts(count)
+    gm = copy.deepcopy(s2a_fx.transform(model, (X,), "full"))
+    for training in (True, True, False):
+        assert_same(step(gm, X, training), step(model, X, training))
+        assert gm.steps == model.steps
+    assert model.steps == 2
+
+
+def _replaced(self):
+    self.steps = self.steps + 1
+
+
+def test_a_buffer_that_is_replaced_is_refused():
+    with pytest.raises(s2a_fx.TraceError, match="in train mode the model writes to steps, the graph to no other buffer"):
+        s2a_fx.trace(Counts(_replaced), (X,))
+
+
+@pytest.mark.parametrize("draw", [random.random, lambda: random.choice([1.0, 2.0]), lambda: random.uniform(0, 1), np.random.rand])
+def test_random_numbers_of_python_and_numpy_are_refused_whatever_is_drawn(draw):
+    model = Body(lambda self, x: self.head(self.body(x) if draw() < 0.5 else x))
+    for seed in range(8):
+        random.seed(seed)
+        np.random.seed(seed)
+        before = random.getstate(), np.random.get_state()[2]
+        with pytest.raises(s2a_fx.TraceError, match=r"line \d+ of .*test_faithful.py: draws with Python's or NumPy's random"):
+            s2a_fx.trace(model, (X,))
+        assert before == (random.getstate(), np.random.get_state()[2])
 
 
 @pytest.mark.parametrize("name", ["noise_in_train_mode", "masked_in_train_mode", "two_heads_in_train_mode", "distilled"])

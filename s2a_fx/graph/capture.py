@@ -13,6 +13,7 @@ torch.fx captures first; what it cannot follow, or follows unfaithfully, Dynamo 
 """
 
 import copy
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
 from s2a_fx.errors import InputError, TraceError
-from s2a_fx.graph import fidelity, torch_internals
+from s2a_fx.graph import fidelity, foreign_random_numbers, torch_internals
 from s2a_fx.graph.assignments import replace_assignments
 from s2a_fx.graph.caches import without_caches
 from s2a_fx.graph.call_code import CallCode, Result
@@ -223,8 +224,11 @@ def _check_fidelity(example: _Example, gm: fx.GraphModule, result: Result, wante
         interpreter = _Recording if training == present else fx.Interpreter
         switch_mode(fakes, example.skeleton, training)
         run = _graph_run(interpreter(fakes, graph=gm.graph), inputs, result.train if training else result.eval)
-        with mode:
-            differs = fidelity.difference(wanted[training], fidelity.behaviour_of(fakes, inputs, run))
+        try:
+            with mode:
+                differs = fidelity.difference(wanted[training], fidelity.behaviour_of(fakes, inputs, run))
+        except Exception as error:  # the model catches an error, say, or reads what no graph holds
+            differs = f"the graph fails ({first_line(error)})", None
         if differs is not None:
             text, index = differs
             place = None if index is None else _place_of_call(example, training, index)
@@ -269,9 +273,11 @@ def _behaviours_of_model(example: _Example) -> dict[bool, Behaviour]:
         try:
             with mode, _without_fast_path(model):
                 run = _model_run(fakes.train(training), example.signature, inputs)
-                found[training] = fidelity.behaviour_of(fakes, inputs, run)
+                found[training] = foreign_random_numbers.refuse(functools.partial(fidelity.behaviour_of, fakes, inputs, run))
         except torch_internals.READS_VALUE as error:
             raise _refusal_of_reading(example, error) from error
+        except TraceError:
+            raise
         except Exception as error:
             if training == model.training:
                 raise _refusal_of_inputs(model, example.inputs, error) from error

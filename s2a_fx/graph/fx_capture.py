@@ -228,6 +228,7 @@ class ModelTracer(BufferTracer):
         """Let calls and attributes of modules, autocast, and functions that stay one node come by this tracer."""
         cache: dict[str, fx.Proxy] = {}
         call, read = nn.Module.__call__, nn.Module.__getattr__
+        write = nn.Module.__setattr__
         enter, leave = torch.autocast.__enter__, torch.autocast.__exit__
 
         def call_module(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -238,6 +239,15 @@ class ModelTracer(BufferTracer):
         def read_attribute(module: nn.Module, name: str) -> Any:
             value = read(module, name)
             return self.getattr(name, value, cache) if self._is_here() else value
+
+        def write_attribute(module: nn.Module, name: str, value: Any) -> None:
+            buffer = (
+                dict(module.named_buffers(recurse=False)).get(name) if self._is_here() and isinstance(value, fx.Proxy) else None
+            )
+            if buffer is None:
+                write(module, name, value)
+            else:  # `self.count += 1` writes in place; another tensor, which no graph assigns, is missed in the comparison
+                cache[self.tensor_paths[id(buffer)]] = value
 
         def enter_autocast(context: torch.autocast) -> Any:
             if self._is_here():
@@ -252,6 +262,7 @@ class ModelTracer(BufferTracer):
         patched: list[tuple[Any, str, Any]] = [
             (nn.Module, "__call__", call_module),
             (nn.Module, "__getattr__", read_attribute),
+            (nn.Module, "__setattr__", write_attribute),
             (torch.autocast, "__enter__", enter_autocast),
             (torch.autocast, "__exit__", leave_autocast),
         ]

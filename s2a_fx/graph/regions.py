@@ -7,7 +7,9 @@
 `trace` returns closed graphs. A pass opens the graph, edits its nodes, and closes it again.
 """
 
+import itertools
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -39,9 +41,27 @@ class Scope:
     options: tuple[tuple[str, Any], ...] = ()
 
 
+def context_of(scope: Scope, device_type: str = "cpu") -> AbstractContextManager[Any]:
+    """What a scope of the kind `grad_mode` or `autocast` enters; `device_type` is that of the operands."""
+    options = dict(scope.options)
+    if scope.kind == "grad_mode":
+        return torch.set_grad_enabled(options["enabled"])
+    return torch.autocast(**{**options, "device_type": options["device_type"] or device_type})
+
+
 def scopes_of(node: fx.Node) -> tuple[Scope, ...]:
     """The scopes around a node, outermost first."""
     return tuple(node.meta.get(SCOPES, ()))
+
+
+@contextmanager
+def in_scopes(node: fx.Node, *kinds: Kind) -> Iterator[None]:
+    """Enter the scopes of these kinds around a node of an open graph."""
+    with ExitStack() as around:
+        for scope in scopes_of(node):
+            if scope.kind in kinds:
+                around.enter_context(context_of(scope))
+        yield
 
 
 def is_checkpointed(node: fx.Node) -> bool:
@@ -111,7 +131,7 @@ class GradMode(ScopeRegion):
     """A region under `torch.no_grad()` or `torch.enable_grad()`."""
 
     def forward(self, *operands: Any) -> Any:
-        with torch.set_grad_enabled(dict(self.scope.options)["enabled"]):
+        with context_of(self.scope):
             return self.body(*operands)
 
 
@@ -119,10 +139,9 @@ class Autocast(ScopeRegion):
     """A region under `torch.autocast`; a scope without a device type means that of the operands."""
 
     def forward(self, *operands: Any) -> Any:
-        options = dict(self.scope.options)
-        tensors = (value for value in (*operands, *self.parameters()) if isinstance(value, torch.Tensor))
-        device_type = options.pop("device_type") or next(tensors).device.type
-        with torch.autocast(device_type, **options):
+        own = (parameter for module in modules_within(self) for parameter in module.parameters(recurse=False))
+        tensors = (value for value in itertools.chain(operands, own) if isinstance(value, torch.Tensor))
+        with context_of(self.scope, next((tensor.device.type for tensor in tensors), "cpu")):
             return self.body(*operands)
 
 

@@ -95,6 +95,8 @@ def _close(gm: fx.GraphModule, run: list[fx.Node]) -> None:
     with gm.graph.inserting_after(run[-1]):
         call = gm.graph.call_module(path, tuple(operands))
     call.meta["nn_module_stack"] = _common_stack(run)
+    for node in run:
+        node.meta[SCOPES] = ()  # what stands for its value is in none
     replace_by_values(gm.graph, call, outputs, single)
     for node in reversed(run):
         gm.graph.erase_node(node)
@@ -139,6 +141,11 @@ def _common_stack(run: Sequence[fx.Node]) -> dict[str, Any]:
     return dict(stacks[0][:depth])
 
 
+def _owner_and_name(path: str) -> tuple[str, str]:
+    owner, _, name = path.rpartition(".")
+    return owner, name
+
+
 def _open(gm: fx.GraphModule, call: fx.Node) -> None:
     region: ScopeRegion = _module(gm, call)
     around = (*scopes_of(call), region.scope)
@@ -151,6 +158,9 @@ def _open(gm: fx.GraphModule, call: fx.Node) -> None:
             elif node.op != "placeholder":
                 values[node] = gm.graph.node_copy(node, values.__getitem__)
                 values[node].meta[SCOPES] = (*around, *scopes_of(node))
+                if node.op == "call_module" and isinstance(inner := _module(region.body, node), ScopeRegion):
+                    values[node].target = free_path(gm, *_owner_and_name(str(node.target)))
+                    gm.add_submodule(str(values[node].target), inner)
     if isinstance(result, tuple):
         for reader in list(call.users):
             reader.replace_all_uses_with(result[reader.args[1]])  # type: ignore[index]

@@ -9,7 +9,7 @@ from torch import fx, nn
 from torch.func import functional_call
 
 from s2a_fx.graph.fake import fake_copy, fake_mode, fake_tensor, reads_itself, traced_inputs
-from s2a_fx.graph.regions import Region
+from s2a_fx.graph.regions import Region, in_scopes
 from s2a_fx.graph.torch_internals import FakeTensor, FakeTensorMode, tree_leaves
 
 
@@ -34,7 +34,8 @@ def propagate(gm: fx.GraphModule, inputs: Sequence[torch.Tensor] | None = None) 
     with mode, torch.no_grad():
         for node in gm.graph.nodes:
             if "val" not in node.meta:
-                node.meta["val"] = _value(gm, node, mode, faked)
+                with in_scopes(node, "autocast"):
+                    node.meta["val"] = _value(gm, node, mode, faked)
 
 
 def compute(gm: fx.GraphModule, node: fx.Node, watch: AbstractContextManager[Any]) -> Any:

@@ -1,5 +1,7 @@
 """CompressActivations and the recipes that end with it: bytes, training, modes, what is left alone and what is refused."""
 
+import operator
+
 import pytest
 import torch
 from small_models import small_model
@@ -208,7 +210,7 @@ class Spelled(nn.Module):
         (torch.ops.aten.silu_.default, (), "CodedActivation"),
         (torch.ops.aten.mish.default, (), "CodedActivation"),
         (torch.special.expit, (), "CodedActivation"),
-        (torch.Tensor.tanh_, (), "CodedActivation"),
+        (operator.methodcaller("tanh_"), (), "CodedActivation"),
         (nn.functional.leaky_relu_, (0.2,), "MaskedActivation"),
         (nn.functional.hardtanh, (-1.0, 1.0), "MaskedActivation"),
         (torch.clamp_, (-1.0, 1.0), "MaskedActivation"),

@@ -1,7 +1,9 @@
 """Several threads analyze and transform while others train: right figures, and nobody else's modules touched."""
 
+import random
 import threading
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -122,3 +124,28 @@ def test_plain_modules_work_after_a_thread_that_failed(name):
         thread.join()
     assert len(errors) == 3
     assert model(IMAGES).shape == (2, 5)
+
+
+def test_random_numbers_that_another_thread_draws_are_its_own():
+    """A model that draws none is traced, and one that does is refused by its line."""
+
+    class Draws(nn.Module):
+        def forward(self, x):
+            return x * np.random.rand()
+
+    def draw():
+        while not stop.is_set():
+            random.random()
+            np.random.rand()
+
+    stop = threading.Event()
+    thread = threading.Thread(target=draw)
+    thread.start()
+    try:
+        for _ in range(3):
+            s2a_fx.trace(CNN(), IMAGES)
+            with pytest.raises(s2a_fx.TraceError, match=r"line \d+ of .*test_threads.py: draws with Python's or NumPy's random"):
+                s2a_fx.trace(nn.Sequential(nn.Linear(4, 4), Draws()), torch.randn(2, 4))
+    finally:
+        stop.set()
+        thread.join()

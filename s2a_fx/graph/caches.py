@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from s2a_fx.graph.model_code import classes_of, namespaces_of
+
 _LOCK = threading.RLock()
 
 _Place = tuple[Callable[[Any], None], Any]
@@ -21,26 +23,19 @@ def without_caches(model: nn.Module) -> Iterator[None]:
 
     Other threads call the same functions meanwhile, which return what they would return, a little later.
     """
-    with _LOCK:
-        places = list(_places(model))
-        for put, cached in places:
+    with _LOCK, contextlib.ExitStack() as restored:
+        for put, cached in list(_places(model)):
+            restored.callback(put, cached)
             put(cached.__wrapped__)
-        try:
-            yield
-        finally:
-            for put, cached in places:
-                put(cached)
+        yield
 
 
 def _places(model: nn.Module) -> Iterator[_Place]:
     """Where cached functions stand: as names of files and classes, and inside of functions that are decorated otherwise."""
-    classes = dict.fromkeys(base for kind in dict.fromkeys(map(type, model.modules())) for base in kind.__mro__)
-    own = [base for base in classes if base.__module__.partition(".")[0] not in ("builtins", "torch")]
-    namespaces = {id(f.__globals__): f.__globals__ for base in own if isinstance(f := vars(base).get("forward"), FunctionType)}
-    for namespace in namespaces.values():
+    for namespace in namespaces_of(model):
         for name, value in list(namespace.items()):
             yield from _within(value, partial(namespace.__setitem__, name))
-    for base in own:
+    for base in classes_of(model):
         for name, value in list(vars(base).items()):
             yield from _within(value, partial(setattr, base, name))
 

@@ -32,11 +32,12 @@ from s2a_fx.graph.dynamo_capture import capture_by_dynamo
 from s2a_fx.graph.fake import fake_copy, fake_mode, fake_modules, fake_tensor, traced_inputs
 from s2a_fx.graph.fidelity import Behaviour
 from s2a_fx.graph.flow import eliminate_dead_code
-from s2a_fx.graph.fx_capture import THROUGH, Captured, capture_by_fx, first_line, place_of
+from s2a_fx.graph.fx_capture import THROUGH, Captured, capture_by_fx
 from s2a_fx.graph.given_model import accept_model
 from s2a_fx.graph.inputs import Signature, Structure
 from s2a_fx.graph.metadata import signature_of, start_record
 from s2a_fx.graph.model_attributes import Skeleton, free_names, match_state, switch_mode
+from s2a_fx.graph.model_code import first_line, place_of_error
 from s2a_fx.graph.modes import align_modes
 from s2a_fx.graph.optional import FlatCapture, absent_results, dependents_of, make_optional
 from s2a_fx.graph.regions import ModeRegion
@@ -137,7 +138,7 @@ class _Example:
 def _capture(example: _Example) -> TracedModule:
     """A faithful graph: by torch.fx, or else by Dynamo."""
     wanted = _behaviours_of_model(example)
-    refusals = []
+    refusals: list[TraceError] = []
     for capture in (_by_fx, capture_by_dynamo):
         others = {name: example.drop(name) for name in example.signature.droppable}
         try:
@@ -147,13 +148,14 @@ def _capture(example: _Example) -> TracedModule:
             replace_assignments(gm)
             propagate(gm)
         except TraceError as refusal:
-            refusals.append(str(refusal).rstrip("."))
+            refusals.append(refusal)
         else:
             return gm
+    by_fx, by_dynamo = (str(refusal).rstrip(".") for refusal in refusals)
     raise TraceError(
-        f"{refusals[0]}; and Dynamo: {refusals[1]}. Rewrite that line without control flow on tensors, or mark its module with "
+        f"{by_fx}; and Dynamo: {by_dynamo}. Rewrite that line without control flow on tensors, or mark its module with "
         "timm.layers.register_notrace_module so that it stays one opaque node."
-    )
+    ) from refusals[-1]
 
 
 def _by_fx(model: nn.Module, signature: Signature, inputs: Sequence[torch.Tensor]) -> Captured:
@@ -224,15 +226,16 @@ def _check_fidelity(example: _Example, gm: fx.GraphModule, result: Result, wante
         interpreter = _Recording if training == present else fx.Interpreter
         switch_mode(fakes, example.skeleton, training)
         run = _graph_run(interpreter(fakes, graph=gm.graph), inputs, result.train if training else result.eval)
+        name = "train" if training else "eval"
         try:
             with mode:
-                differs = fidelity.difference(wanted[training], fidelity.behaviour_of(fakes, inputs, run))
+                behaviour = fidelity.behaviour_of(fakes, inputs, run)
         except Exception as error:  # the model catches an error, say, or reads what no graph holds
-            differs = f"the graph fails ({first_line(error)})", None
-        if differs is not None:
+            raise TraceError(f"the model itself: in {name} mode the graph fails ({first_line(error)})") from error
+        if (differs := fidelity.difference(wanted[training], behaviour)) is not None:
             text, index = differs
             place = None if index is None else _place_of_call(example, training, index)
-            raise TraceError(f"{place or 'the model itself'}: in {'train' if training else 'eval'} mode {text}")
+            raise TraceError(f"{place or 'the model itself'}: in {name} mode {text}")
 
 
 def _is_alike(gm: fx.GraphModule, wanted: Mapping[bool, Behaviour]) -> bool:
@@ -273,7 +276,7 @@ def _behaviours_of_model(example: _Example) -> dict[bool, Behaviour]:
         try:
             with mode, _without_fast_path(model):
                 run = _model_run(fakes.train(training), example.signature, inputs)
-                found[training] = foreign_random_numbers.refuse(functools.partial(fidelity.behaviour_of, fakes, inputs, run))
+                found[training] = foreign_random_numbers.refuse(fakes, functools.partial(fidelity.behaviour_of, fakes, inputs, run))
         except torch_internals.READS_VALUE as error:
             raise _refusal_of_reading(example, error) from error
         except TraceError:
@@ -304,7 +307,7 @@ def _refusal_of_reading(example: _Example, error: Exception) -> TraceError:
     except TraceError as refusal:
         place = str(refusal)
     else:
-        place = f"{place_of(example.model, '', error)}: reads the value of a tensor"
+        place = f"{place_of_error(example.model, '', error)}: reads the value of a tensor"
     return TraceError(
         f"{place}. A graph cannot branch on values, or read them as numbers: rewrite that line with torch.where or the like, or "
         "mark its module with timm.layers.register_notrace_module so that it stays one opaque node."

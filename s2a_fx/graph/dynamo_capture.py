@@ -88,8 +88,7 @@ def _graph_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], l
 def _runs_once(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Do what a first call alone does; returns whether it came to its end."""
     try:
-        with torch_internals.python_random_state():
-            model(*args, **kwargs)
+        model(*args, **kwargs)
     except Exception:
         return False
     return True
@@ -209,8 +208,6 @@ class _Rebuilder:
             return size
         if id(argument) in self.leaves:
             return self.inputs[self.leaves[id(argument)]]
-        if torch_internals.is_random_number(node):
-            raise TraceError(f"{self._place(next(iter(node.users)))}: draws with Python's random; draw with torch.rand(()).")
         return self._read(self.fakes.originals.get(id(argument), argument))
 
     def _read(self, tensor: torch.Tensor) -> fx.Node:

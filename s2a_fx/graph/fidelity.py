@@ -16,13 +16,13 @@ import sys
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from s2a_fx.graph import torch_internals
+from s2a_fx.graph.model_code import line_of_frame
 from s2a_fx.graph.spellings import ASSIGNED_NAMES
 from s2a_fx.graph.torch_internals import TorchDispatchMode, storage_key
 
@@ -219,7 +219,7 @@ def _tensors_in(values: Iterable[Any]) -> list[torch.Tensor]:
     return found
 
 
-class _Reached(Exception):
+class _Reached(BaseException):
     """Raised at the call whose place is looked for."""
 
 
@@ -242,14 +242,7 @@ class _Stopping(_Recorder):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         result = super().__torch_dispatch__(func, types, args, kwargs)
-        if len(self.calls) > self.index:
-            self.place = _user_line(sys._getframe(1))
+        if len(self.calls) > self.index and self.place is None:
+            self.place = line_of_frame(sys._getframe(1))
             raise _Reached
         return result
-
-
-def _user_line(frame: FrameType | None) -> str | None:
-    """Line and file of the innermost frame that is not torch's."""
-    while frame is not None and (frame.f_code.co_filename.startswith(torch.__path__[0]) or frame.f_code.co_filename == __file__):
-        frame = frame.f_back
-    return f"line {frame.f_lineno} of {frame.f_code.co_filename}" if frame is not None else None

@@ -10,8 +10,10 @@ alone drops:
 5. the shape of a parameter or buffer is a constant, and no node;
 6. `float()` and `int()` of a size are nodes.
 
-torch.fx patches `nn.Module.__call__` and `__getattr__` for the whole process. So does this tracer, one trace at a time, and what
-other threads call passes straight through.
+torch.fx patches `nn.Module.__call__` and `__getattr__` for the whole process. So does this tracer, one trace at a time: these and
+`__setattr__`, entering and leaving `torch.autocast`, the functions of `math`, and in the globals of the model's files the names of
+functions that stay one node. What other threads call passes straight through. Where a file calls `float` or `int` on a size, these
+names are replaced in it, too.
 """
 
 import contextlib
@@ -20,11 +22,9 @@ import functools
 import math
 import sys
 import threading
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from types import CodeType, FrameType, FunctionType
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 from s2a_fx.errors import TraceError
 from s2a_fx.graph import hooks
 from s2a_fx.graph.inputs import Signature, Structure
+from s2a_fx.graph.model_code import first_line, namespaces_of, place_of_error
 from s2a_fx.graph.regions import SCOPES, Scope
 from s2a_fx.graph.spellings import ASSIGNMENTS
 from s2a_fx.graph.torch_internals import (
@@ -44,6 +45,7 @@ from s2a_fx.graph.torch_internals import (
     TorchDispatchMode,
     autocast_options,
     checkpoint_options,
+    has_backward_hooks,
     tree_any,
     tree_flatten,
     tree_unflatten,
@@ -56,6 +58,9 @@ THROUGH = (
     nn.TransformerDecoder, nn.TransformerDecoderLayer,
 )  # fmt: skip
 """Modules of `torch.nn` that are traced through: what they are made of is what passes rewrite."""
+
+
+_DTYPES: dict[type, torch.dtype] = {float: torch.float64, int: torch.int64, bool: torch.bool, complex: torch.complex128}
 
 
 @dataclass(frozen=True)
@@ -71,21 +76,23 @@ class Captured:
     structure: Structure
 
 
-def capture_by_fx(model: nn.Module, signature: Signature, leaf_paths: frozenset[str] = frozenset()) -> Captured:
+def capture_by_fx(model: nn.Module, signature: Signature) -> Captured:
     """Capture `model` in the mode in which it stands.
 
     Args:
         model: a private copy; its modules become those of the graph.
         signature: how the model is called.
-        leaf_paths: modules that become one call each, whatever they are made of.
 
     Raises:
         TraceError: torch.fx cannot follow the model, or it has backward hooks; names the module and the line.
     """
-    tracer = ModelTracer(leaf_paths)
-    with _LOCK:
-        graph, spec = tracer.capture(model, signature)
-    return Captured(graph, spec)
+    converting: list[dict[str, Any]] = []
+    while True:
+        try:
+            with _LOCK:
+                return Captured(*ModelTracer(converting).capture(model, signature))
+        except _Converts as found:
+            converting.append(found.namespace)
 
 
 class BufferTracer(fx.Tracer):
@@ -95,11 +102,15 @@ class BufferTracer(fx.Tracer):
 
 
 class ModelTracer(BufferTracer):
-    """Traces one model, once."""
+    """Traces one model, once.
 
-    def __init__(self, leaf_paths: frozenset[str]) -> None:
+    Args:
+        converting: globals of the model's files in which `float` and `int` make nodes.
+    """
+
+    def __init__(self, converting: Sequence[dict[str, Any]]) -> None:
         super().__init__()
-        self.leaf_paths = leaf_paths
+        self.converting = converting
         self.thread = threading.get_ident()
         self.autocasts: list[Scope] = []
         self.checkpoints: dict[FrameType, Scope] = {}
@@ -127,7 +138,7 @@ class ModelTracer(BufferTracer):
             raise
         except Exception as error:
             path = next(reversed(self.module_stack.values()), ("",))[0]
-            raise TraceError(f"{place_of(model, path, error)}: torch.fx cannot follow it ({first_line(error)})") from error
+            raise TraceError(f"{place_of_error(model, path, error)}: torch.fx cannot follow it ({first_line(error)})") from error
         finally:
             self.outermost = None
             self.checkpoints.clear()
@@ -141,7 +152,7 @@ class ModelTracer(BufferTracer):
         return self.unpacked[code].get(offset)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return module_qualified_name in self.leaf_paths or is_leaf(m)
+        return is_leaf(m)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if m not in (self.submodule_paths or {}):
@@ -162,6 +173,8 @@ class ModelTracer(BufferTracer):
 
     def create_arg(self, a: Any) -> Any:
         """As torch.fx does, but equal constants of the captures of both modes are one attribute."""
+        if isinstance(a, type) and a in _DTYPES:  # `x.to(float)`, whose source code torch.fx would write as a class's
+            return _DTYPES[a]
         if isinstance(a, torch.Tensor) and id(a) not in self.tensor_paths and a not in self.tensor_attrs:
             for known, path in self.tensor_attrs.items():
                 if "." not in path and isinstance(known, torch.Tensor) and is_same_constant(a, known):
@@ -177,7 +190,7 @@ class ModelTracer(BufferTracer):
 
     def _run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a module that is traced through; its forward hooks become nodes."""
-        if hooks.has_backward_hooks(module):
+        if has_backward_hooks(module):
             path = (self.submodule_paths or {}).get(module)
             raise TraceError(
                 f"{path or 'the model itself'} ({type(module).__name__}): has backward hooks, which a graph cannot run; "
@@ -241,13 +254,11 @@ class ModelTracer(BufferTracer):
             return self.getattr(name, value, cache) if self._is_here() else value
 
         def write_attribute(module: nn.Module, name: str, value: Any) -> None:
-            buffer = (
-                dict(module.named_buffers(recurse=False)).get(name) if self._is_here() and isinstance(value, fx.Proxy) else None
-            )
-            if buffer is None:
+            buffers = dict(module.named_buffers(recurse=False)) if self._is_here() and isinstance(value, fx.Proxy) else {}
+            if name in buffers:  # `self.n += 1` writes in place; another tensor is missed in the comparison with the model
+                cache[self.tensor_paths[id(buffers[name])]] = value
+            else:
                 write(module, name, value)
-            else:  # `self.count += 1` writes in place; another tensor, which no graph assigns, is missed in the comparison
-                cache[self.tensor_paths[id(buffer)]] = value
 
         def enter_autocast(context: torch.autocast) -> Any:
             if self._is_here():
@@ -266,24 +277,25 @@ class ModelTracer(BufferTracer):
             (torch.autocast, "__enter__", enter_autocast),
             (torch.autocast, "__exit__", leave_autocast),
         ]
-        before = [(owner, name, owner.__dict__[name]) for owner, name, _ in patched]
-        functions = list(self._leaf_functions(model))
-        numbers = list(self._number_types(model))
-        try:
+        with contextlib.ExitStack() as restored:
             for owner, name, value in patched:
+                restored.callback(setattr, owner, name, vars(owner)[name])
                 setattr(owner, name, value)
-            for namespace, name, kind in numbers:
-                namespace[name] = kind
-            for namespace, name, function in functions:
+            for namespace in self.converting:
+                for kind in (float, int):
+                    if kind.__name__ not in namespace:
+                        restored.callback(namespace.pop, kind.__name__, None)
+                        namespace[kind.__name__] = _NumberType(kind.__name__, (), {"kind": kind, "tracer": self})
+            for namespace, name, function in list(self._leaf_functions(model)):
+                restored.callback(namespace.__setitem__, name, function)
                 namespace[name] = self._leaf_function(function)
             yield
-        finally:
-            for namespace, name, _ in numbers:
-                del namespace[name]
-            for namespace, name, function in functions:
-                namespace[name] = function
-            for owner, name, value in before:
-                setattr(owner, name, value)
+
+    def refuse_number(self, frame: FrameType) -> BaseException:
+        """What to raise where a frame makes a number of a proxy."""
+        if any(frame.f_globals is namespace for namespace in self.converting):
+            return TypeError("a number that depends on the inputs is no constant")
+        return _Converts(frame.f_globals)
 
     def _is_here(self) -> bool:
         return threading.get_ident() == self.thread
@@ -291,17 +303,10 @@ class ModelTracer(BufferTracer):
     def _leaf_functions(self, model: nn.Module) -> Iterator[tuple[dict[str, Any], str, Callable[..., Any]]]:
         """Where the files of the model's classes name a function that stays one node."""
         leaves = {id(f): f for f in (*get_notrace_functions(), *(f for f in vars(math).values() if callable(f)))}
-        for namespace in (vars(math), *_namespaces(model)):
+        for namespace in (vars(math), *namespaces_of(model)):
             for name, value in list(namespace.items()):
                 if id(value) in leaves and not name.startswith("_"):
                     yield namespace, name, value
-
-    def _number_types(self, model: nn.Module) -> Iterator[tuple[dict[str, Any], str, Any]]:
-        """What stands for `float` and `int` in the files of the model's classes."""
-        for namespace in _namespaces(model):
-            for kind in (float, int):
-                if kind.__name__ not in namespace:
-                    yield namespace, kind.__name__, _NumberType(kind.__name__, (), {"kind": kind, "tracer": self})
 
     def _leaf_function(self, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
@@ -313,14 +318,19 @@ class ModelTracer(BufferTracer):
         return wrapper
 
 
-def _namespaces(model: nn.Module) -> list[dict[str, Any]]:
-    """The globals of the files in which the classes of a model's modules stand."""
-    forwards = (getattr(base, "forward", None) for m in model.modules() for base in type(m).__mro__)
-    return list({id(f.__globals__): f.__globals__ for f in forwards if isinstance(f, FunctionType)}.values())
+class _Converts(BaseException):
+    """Raised where a file calls `float` or `int` on a proxy, and these names do not yet make nodes there."""
+
+    def __init__(self, namespace: dict[str, Any]) -> None:
+        super().__init__()
+        self.namespace = namespace
 
 
 class _NumberType(type):
-    """Stands for `float` or `int` while a model is traced: called on a proxy, it makes a node (6)."""
+    """Stands for `float` or `int` while a model is traced whose file converts sizes: called on a proxy, it makes a node (6).
+
+    Python takes nothing but a number from `__int__`, so that the name must stand for something else.
+    """
 
     kind: Any
     tracer: ModelTracer
@@ -352,6 +362,12 @@ class _Proxy(fx.Proxy):
         frame = sys._getframe(1)
         count = self.tracer.count_unpacked(frame.f_code, frame.f_lasti)
         return self.tracer.iter(self) if count is None else (self[index] for index in range(count))  # type: ignore[index]
+
+    def __int__(self) -> int:
+        raise self.tracer.refuse_number(sys._getframe(1))
+
+    def __float__(self) -> float:
+        raise self.tracer.refuse_number(sys._getframe(1))
 
 
 def _assigning(function: Callable[..., Any]) -> Callable[[_Proxy, Any], fx.Proxy]:
@@ -460,18 +476,3 @@ def is_childless_switch(module: nn.Module) -> bool:
     """Whether a module without children reads `self.training`: it stays one call, which switches by itself."""
     code = getattr(type(module).forward, "__code__", None)
     return code is not None and "training" in code.co_names and next(module.children(), None) is None
-
-
-def place_of(model: nn.Module, path: str, error: BaseException) -> str:
-    """The module and the source line in which a capture stopped: the innermost frame that is neither torch's nor ours."""
-    module = model.get_submodule(path)
-    place = f"{path or 'the model itself'} ({type(module).__name__})"
-    ours = (torch.__path__[0], str(Path(__file__).parent))
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(ours)]
-    return f"{place}, line {frames[-1].lineno} of {frames[-1].filename}" if frames else place
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, without its full stop."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__).rstrip(".")

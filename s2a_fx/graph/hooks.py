@@ -72,11 +72,6 @@ def forward_hooks_of(module: nn.Module) -> list[PostHook]:
     return [PostHook(hook, module, with_kwargs) for hook, with_kwargs in torch_internals.forward_hooks(module)]
 
 
-def has_backward_hooks(module: nn.Module) -> bool:
-    """Whether anything is to happen when gradients flow through the module."""
-    return torch_internals.has_backward_hooks(module)
-
-
 def is_same(module: nn.Module, hook: nn.Module) -> bool:
     """Whether two modules run one hook of one module."""
     return type(module) is type(hook) and isinstance(hook, _Hook) and (module.hook, module.module) == (hook.hook, hook.module)

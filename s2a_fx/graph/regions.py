@@ -64,11 +64,6 @@ def in_scopes(node: fx.Node, *kinds: Kind) -> Iterator[None]:
         yield
 
 
-def is_checkpointed(node: fx.Node) -> bool:
-    """Whether the model itself computes a node again in the backward."""
-    return any(scope.kind == "checkpoint" for scope in scopes_of(node))
-
-
 class Region(nn.Module):
     """Base of the modules that stand for a region of the graph.
 

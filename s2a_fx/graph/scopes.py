@@ -141,11 +141,6 @@ def _common_stack(run: Sequence[fx.Node]) -> dict[str, Any]:
     return dict(stacks[0][:depth])
 
 
-def _owner_and_name(path: str) -> tuple[str, str]:
-    owner, _, name = path.rpartition(".")
-    return owner, name
-
-
 def _open(gm: fx.GraphModule, call: fx.Node) -> None:
     region: ScopeRegion = _module(gm, call)
     around = (*scopes_of(call), region.scope)
@@ -159,7 +154,7 @@ def _open(gm: fx.GraphModule, call: fx.Node) -> None:
                 values[node] = gm.graph.node_copy(node, values.__getitem__)
                 values[node].meta[SCOPES] = (*around, *scopes_of(node))
                 if node.op == "call_module" and isinstance(inner := _module(region.body, node), ScopeRegion):
-                    values[node].target = free_path(gm, *_owner_and_name(str(node.target)))
+                    values[node].target = free_path(gm, "", str(node.target))
                     gm.add_submodule(str(values[node].target), inner)
     if isinstance(result, tuple):
         for reader in list(call.users):

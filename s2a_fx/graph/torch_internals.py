@@ -10,7 +10,6 @@ import functools
 import inspect
 import linecache
 import logging
-import random
 import re
 import sys
 import threading
@@ -43,6 +42,8 @@ from torch.utils._pytree import tree_leaves as tree_leaves
 from torch.utils._pytree import tree_map as tree_map
 from torch.utils._pytree import tree_map_only as tree_map_only
 from torch.utils._pytree import tree_unflatten as tree_unflatten
+
+from s2a_fx.graph.model_code import is_torch_file
 
 # Capture: what the model does around its calls.
 
@@ -353,76 +354,79 @@ def _frames(translator: Any) -> Frames:
     while translator is not None:
         found.append((translator.f_code.co_filename, translator.f_code.co_name))
         translator = translator.parent
-    return tuple(frame for frame in reversed(found) if _is_of_a_model(frame[0]))
-
-
-def _is_of_a_model(filename: str) -> bool:
-    return not filename.startswith(torch.__path__[0])
-
-
-@contextlib.contextmanager
-def python_random_state() -> Iterator[None]:
-    """Leave Python's random state as it was."""
-    state = random.getstate()
-    try:
-        yield
-    finally:
-        random.setstate(state)
+    return tuple(frame for frame in reversed(found) if not is_torch_file(frame[0]))
 
 
 class _NoGraph(Exception):
     """Dynamo found nothing to compute."""
 
 
+_DYNAMO_OPTIONS = {
+    "replay_side_effects": False,
+    "side_effect_replay_policy": "silent",
+    "automatic_dynamic_shapes": False,  # each capture stands alone: no number changes between two
+    "assume_static_by_default": True,
+    "specialize_int": True,
+    "capture_scalar_outputs": False,
+    "capture_dynamic_output_shape_ops": False,
+    "allow_rnn": True,
+}
+
+
 @contextlib.contextmanager
 def _own_dynamo_state() -> Iterator[None]:
     """Run Dynamo with options of its own, and leave what it keeps for the process as it was."""
     from torch._dynamo import pgo, trace_rules, utils
+
+    is_allowed, create_cleanup = trace_rules.is_callable_allowed, utils.CleanupHook.create
+    with contextlib.ExitStack() as restored:
+
+        def stays_one_node(obj: object) -> bool:
+            return is_allowed(obj) or (inspect.isclass(obj) and issubclass(obj, torch.autograd.Function))
+
+        def create_and_note(*args: Any, **kwargs: Any) -> Any:  # it removes a name from the globals of the model's file
+            return restored.callback(create_cleanup(*args, **kwargs))
+
+        restored.callback(_forget_sizes)
+        _replace(restored, trace_rules, "is_callable_allowed", stays_one_node)
+        _replace(restored, utils.CleanupHook, "create", create_and_note)
+        _replace(restored, pgo, "_CODE_STATE", collections.defaultdict(pgo.CodeState))
+        _keep_statistics(restored)
+        restored.enter_context(torch._dynamo.config.patch(_DYNAMO_OPTIONS))
+        restored.enter_context(utils.get_metrics_context())
+        restored.enter_context(_without_source())
+        yield
+
+
+def _replace(restored: contextlib.ExitStack, owner: Any, name: str, value: Any) -> None:
+    """Replace an attribute of a module or class until `restored` is closed."""
+    restored.callback(setattr, owner, name, vars(owner)[name])
+    setattr(owner, name, value)
+
+
+def _forget_sizes() -> None:
+    """Clear caches that would keep the sizes of a capture, and all its fake tensors."""
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-    cleanups: list[Callable[[], None]] = []
-    create_cleanup = utils.CleanupHook.create
+    for method in vars(ShapeEnv).values():
+        if hasattr(method, "cache_clear"):
+            method.cache_clear()
 
-    def create_and_note(*args: Any, **kwargs: Any) -> Any:
-        cleanups.append(create_cleanup(*args, **kwargs))
-        return cleanups[-1]
 
-    options = {
-        "replay_side_effects": False,
-        "side_effect_replay_policy": "silent",
-        "automatic_dynamic_shapes": False,  # each capture stands alone: no number changes between two
-        "assume_static_by_default": True,
-        "specialize_int": True,
-        "capture_scalar_outputs": False,
-        "capture_dynamic_output_shape_ops": False,
-        "allow_rnn": True,
-    }
-    is_allowed = trace_rules.is_callable_allowed
+def _keep_statistics(restored: contextlib.ExitStack) -> None:
+    """Leave what Dynamo counts for the process as it is, once `restored` is closed."""
+    from torch._dynamo import utils
 
-    def stays_one_node(obj: object) -> bool:
-        return is_allowed(obj) or (inspect.isclass(obj) and issubclass(obj, torch.autograd.Function))
-
-    trace_rules.is_callable_allowed = stays_one_node
-    utils.CleanupHook.create = create_and_note  # type: ignore[method-assign]
-    sizes, pgo._CODE_STATE = pgo._CODE_STATE, collections.defaultdict(pgo.CodeState)
     counters = {name: counter.copy() for name, counter in utils.counters.items()}
     times = {name: len(values) for name, values in utils.compilation_time_metrics.items()}
-    try:
-        with torch._dynamo.config.patch(options), utils.get_metrics_context(), _without_source(), python_random_state():
-            yield
-    finally:
-        for remove_name in cleanups:  # from the globals of the model's source file
-            remove_name()
-        for method in vars(ShapeEnv).values():  # whose caches would keep the sizes of this capture, and all fake tensors
-            if hasattr(method, "cache_clear"):
-                method.cache_clear()
-        utils.CleanupHook.create = staticmethod(create_cleanup)  # type: ignore[method-assign]
-        trace_rules.is_callable_allowed = is_allowed
-        pgo._CODE_STATE = sizes
+
+    def restore() -> None:
         utils.counters.clear()
         utils.counters.update(counters)
         for name, values in list(utils.compilation_time_metrics.items()):
             del values[times.get(name, 0) :]
+
+    restored.callback(restore)
 
 
 class _CodeAroundGraph:
@@ -446,7 +450,7 @@ class _CodeAroundGraph:
 
     def __call__(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """What the forward returns, markers in the place of the graph's results."""
-        with python_random_state(), torch._C._DisableTorchDispatch():
+        with torch._C._DisableTorchDispatch():
             return self.run(*self.owner, *args, **kwargs)
 
 
@@ -454,7 +458,7 @@ def dynamo_refusal(error: Exception) -> tuple[str, list[traceback.FrameSummary]]
     """Why Dynamo could not follow a model, and the stack of the model's code where it stopped."""
     reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).rstrip(".")
     stack = [*(getattr(error, "real_stack", None) or ())]
-    return reason, [frame for frame in stack if _is_of_a_model(frame.filename)]
+    return reason, [frame for frame in stack if not is_torch_file(frame.filename)]
 
 
 def changes_context(node: fx.Node) -> bool:
@@ -516,21 +520,11 @@ def reads_value(node: fx.Node) -> bool:
     return "unbacked_bindings" in node.meta
 
 
-def is_random_number(node: fx.Node) -> bool:
-    """Whether a placeholder of Dynamo's is a number that Python's `random` draws for each call."""
-    from torch._dynamo.source import RandomValueSource
-
-    source = getattr(node, "_dynamo_source", None)
-    while source is not None and not isinstance(source, RandomValueSource):
-        source = getattr(source, "base", None)
-    return source is not None
-
-
 def source_lines(node: fx.Node) -> list[traceback.FrameSummary]:
     """The lines of the model's code that a node of Dynamo's comes from, the innermost last."""
     found = re.findall(r'File "([^"]*)", line (\d+), in (\S*)', node.meta.get("stack_trace") or "")
     lines = [traceback.FrameSummary(file, int(line), name, lookup_line=False) for file, line, name in found]
-    return [line for line in lines if not line.filename.startswith(torch.__path__[0])]
+    return [line for line in lines if not is_torch_file(line.filename)]
 
 
 def present_fake_mode() -> FakeTensorMode:
@@ -738,9 +732,6 @@ BatchNorm: TypeAlias = nn.modules.batchnorm._BatchNorm
 
 RunningNorm: TypeAlias = nn.modules.batchnorm._NormBase
 """Base of the norms that may keep running statistics."""
-
-Convolution: TypeAlias = nn.modules.conv._ConvNd
-"""Base of all convolutions."""
 
 
 @dataclass(frozen=True)

@@ -282,6 +282,54 @@ def test_numbers_made_of_sizes_are_traced_by_torch_fx(name, monkeypatch):
     assert s2a_fx.analyze(gm, (inputs[0],)).saved_bytes == measure_saved_bytes(gm, (inputs[0],))
 
 
+class Casts(nn.Module):
+    """Names a dtype by Python's class, and asks for the class of a number."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.fc(x.to(float).to(dtype=torch.float32))
+        return x * int(x.shape[0]) if type(self.fc.in_features) is int else x
+
+
+def test_classes_of_numbers_stay_classes_in_a_file_that_converts_sizes():
+    torch.manual_seed(0)
+    model, x = Casts(), torch.randn(2, 8)
+    gm = s2a_fx.trace(model, x)
+    assert torch.equal(gm(x), model(x))
+    assert torch.equal(gm(x[:1]), model(x[:1]))
+
+
+def test_the_names_of_numbers_stand_for_nothing_else_where_no_size_is_converted():
+    class Asks(nn.Module):
+        def forward(self, x):
+            asked.append((float, int))
+            return x * 2
+
+    asked = []
+    s2a_fx.trace(nn.Sequential(nn.Linear(4, 4), Asks()), torch.randn(2, 4))
+    assert all(kind is own for kinds in asked for kind, own in zip(kinds, (float, int), strict=True))
+
+
+class Replaces(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 3)
+        self.register_buffer("steps", torch.zeros(()))
+
+    def forward(self, x):
+        self.steps = self.steps + 1
+        return self.fc(x)
+
+
+def test_a_refusal_has_the_last_capture_s_for_its_cause():
+    with pytest.raises(s2a_fx.TraceError, match="and Dynamo: ") as refusal:
+        s2a_fx.trace(Replaces(), torch.randn(2, 8))
+    assert isinstance(refusal.value.__cause__, s2a_fx.TraceError)
+
+
 @pytest.mark.parametrize("recipe", ["bias", "bias+checkpoint", "bias+compress", "s2a", "s2a-max", "s2a-paper", "adapter"])
 @pytest.mark.parametrize(
     "name", ["vit_small_patch16_dinov3_qkvb", pytest.param("vit_small_patch16_dinov3", marks=pytest.mark.slow)]

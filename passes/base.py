@@ -19,6 +19,7 @@ from s2a_fx.errors import InputError, PassError
 from s2a_fx.graph import torch_internals
 from s2a_fx.graph.caches import without_caches
 from s2a_fx.graph.flow import eliminate_dead_code
+from s2a_fx.graph.metadata import record_of
 from s2a_fx.graph.scopes import close_scopes, open_scopes
 from s2a_fx.graph.shapes import propagate
 from s2a_fx.graph.torch_internals import FakeTensor
@@ -40,13 +41,17 @@ class Pass(abc.ABC):
                 f"{type(self).__name__}: the graph carries no shapes; make it with s2a_fx.trace(model, example_inputs), "
                 "or call s2a_fx.graph.shapes.propagate(gm, example_inputs) first."
             )
+        record_of(graph_module)  # counts the model's parameters before the pass adds any
         with torch_internals.neutral_state(), without_caches(graph_module):
             opened = open_scopes(graph_module)
-            if opened:
-                propagate(graph_module)
-            modified = self.rewrite(graph_module)
-            if opened:
-                close_scopes(graph_module)
+            try:
+                if opened:
+                    propagate(graph_module)
+                modified = self.rewrite(graph_module)
+            finally:
+                if opened:  # also where the pass fails: a caller's graph still runs
+                    close_scopes(graph_module)
+                    graph_module.recompile()
             if modified or opened:
                 eliminate_dead_code(graph_module)
                 graph_module.graph.lint()

@@ -86,7 +86,8 @@ def signature_of(module: nn.Module) -> Signature | None:
 
 def base_parameters(gm: fx.GraphModule) -> int:
     """How many parameters the model had before any pass."""
-    return record_of(gm).base_parameters
+    record = find_record(gm)
+    return sum(p.numel() for p in gm.parameters()) if record is None else record.base_parameters
 
 
 def add_note(gm: fx.GraphModule, source: str, node: str, reason: str) -> None:
@@ -97,4 +98,5 @@ def add_note(gm: fx.GraphModule, source: str, node: str, reason: str) -> None:
 
 def notes_of(gm: fx.GraphModule) -> tuple[Note, ...]:
     """All notes on the graph, oldest first."""
-    return record_of(gm).notes
+    record = find_record(gm)
+    return () if record is None else record.notes

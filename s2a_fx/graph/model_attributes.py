@@ -11,6 +11,7 @@ import copy
 import functools
 import inspect
 import pickle
+import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -36,6 +37,7 @@ class Skeleton:
 
     def __init__(self, model: nn.Module | None) -> None:
         self.model = model
+        self.lock = threading.Lock()  # a switch of the mode changes the model for a moment
 
     @staticmethod
     def of(model: nn.Module) -> "Skeleton":
@@ -129,9 +131,10 @@ def switch_mode(module: nn.Module, skeleton: Skeleton, training: bool) -> None:
     if model is None or all(type(inner).train is nn.Module.train for inner in model.modules()):
         return
     own = dict(module.named_modules(remove_duplicate=False))
-    for path, inner in model.train(training).named_modules(remove_duplicate=False):
-        if path in own:
-            own[path].training = inner.training
+    with skeleton.lock:
+        for path, inner in model.train(training).named_modules(remove_duplicate=False):
+            if path in own:
+                own[path].training = inner.training
 
 
 def match_state(gm: fx.GraphModule, model: nn.Module, renamed: Mapping[str, str]) -> None:

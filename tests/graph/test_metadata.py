@@ -12,7 +12,7 @@ from small_models import SMALL, small_model
 from torch import fx, nn
 
 import s2a_fx
-from s2a_fx.graph.metadata import add_note, notes_of, record_of
+from s2a_fx.graph.metadata import add_note, base_parameters, notes_of, record_of
 from s2a_fx.graph.provenance import module_stack
 from s2a_fx.tasks.origin import origin_of
 
@@ -101,6 +101,7 @@ def test_the_origin_counts_the_passes_of_each_transform():
 def test_a_graph_of_someone_else_is_left_as_it_is():
     gm = fx.symbolic_trace(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
     s2a_fx.transform(gm, torch.randn(2, 4), "full")
+    assert (notes_of(gm), base_parameters(gm)) == ((), 20)
     assert not gm.meta
 
 

@@ -1,5 +1,7 @@
 """The passes: what they rewrite, what they leave alone and why, and what they refuse."""
 
+from dataclasses import dataclass
+
 import pytest
 import timm
 import torch
@@ -12,6 +14,7 @@ import s2a_fx
 from s2a_fx.analysis.measure import measure_saved_bytes
 from s2a_fx.graph.metadata import notes_of
 from s2a_fx.passes import AttachSideBranch, FreezeWeights, InsertLowRankPrompt, QuantizeNonParametric
+from s2a_fx.passes.base import Pass
 from s2a_fx.zoo import timm_model
 
 
@@ -290,3 +293,32 @@ def test_recipes_with_other_options_have_other_names(vit):
     assert len(s2a_fx.compare(*vit, recipes).to_json()["recipes"]) == 2
     with pytest.raises(s2a_fx.InputError, match="each once"):
         s2a_fx.compare(*vit, ["full", "full"])
+
+
+class _Gated(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        with torch.no_grad():
+            x = self.body(x).relu()
+        return self.head(x)
+
+
+@dataclass(frozen=True)
+class _Stops(Pass):
+    def rewrite(self, gm):
+        raise s2a_fx.PassError("no")
+
+
+def test_a_graph_still_runs_after_a_pass_that_fails():
+    model, x = _Gated(), torch.randn(2, 8)
+    gm = s2a_fx.trace(model, x)
+    with pytest.raises(s2a_fx.PassError, match="no"):
+        _Stops()(gm)
+    out = gm(x)
+    assert torch.equal(out, model(x))
+    out.sum().backward()
+    assert gm.body.weight.grad is None and gm.head.weight.grad is not None
+    assert FreezeWeights()(gm).modified

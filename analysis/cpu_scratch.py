@@ -1,13 +1,14 @@
 """Bytes that CPU kernels allocate and free inside, where no dispatcher sees them.
 
-oneDNN works on blocked copies of a convolution's operands. The rules below were measured with torch.profiler's memory events on an
-AVX-512 machine with two threads (benchmarks/truth.py sets the peaks that come of them beside measured ones; with one, oneDNN copies
-less of some 1x1 convolutions, and the peak of a model with a few pixels is up to 8 % lower):
+oneDNN works on blocked copies of a convolution's operands. The rules below were measured with torch.profiler's memory events on
+AVX-512 and AVX2 machines with two threads (benchmarks/truth.py sets the peaks that come of them beside measured ones; with one,
+oneDNN copies less of some 1x1 convolutions, and the peak of a model with a few pixels is up to 8 % lower):
 
 1. contiguous operands are copied to a blocked layout and the result is copied back, inputs of fewer than 16 channels apart;
 2. channels-last operands stay where they are, only the weight is copied (twice where the kernel is larger than 1x1);
 3. the weight's gradient of a channels-last depthwise convolution with a kernel above 3x3 is computed in a layout that pads each
-   1x1 group to a whole vector block, 16x16 for AVX-512: 256 times the weight;
+   1x1 group to a whole vector block, 16x16 for AVX-512 (256 times the weight), 8x8 for AVX2; with AVX2, a map lower than the
+   kernel takes the memory of rule 5 instead;
 4. a bias that trains makes the backward compute the weight's gradient even if the weight is frozen;
 5. the weight's gradient of a patch embedding (a kernel that is a multiple of 16, fewer than 16 channels) takes four copies of the
    weight and one image for each thread.
@@ -60,16 +61,23 @@ def _backward(
     large = max(weight.shape[2:]) > 3
     if _channels_last(x, weight):
         copies = w * _weight_copies(weight, groups)
-        if computes_weight:
-            copies += w * _vector_block() ** 2 if depthwise and large else w  # (2), (3)
+        if computes_weight and depthwise and large:
+            block = _vector_block()
+            copies = _per_thread(x, w) if block == 8 and x.shape[2] < weight.shape[2] else copies + w * block**2  # (3)
+        elif computes_weight:
+            copies += w  # (2)
         return copies + unasked + (0 if _channels_last(grad) else go)
     gradient_of_x = max(go + w, _bytes(x) * (2 if strided else 1)) if needs_x else 0
     if not computes_weight:
         return gradient_of_x
     reordered = go if depthwise and large else go + _blocked(x)
     if x.shape[1] < 16 and weight.shape[3] % 16 == 0:
-        reordered = torch.get_num_threads() * (4 * w + _bytes(x) // max(x.shape[0], 1))  # (5)
+        reordered = _per_thread(x, w)  # (5)
     return max(reordered, w, gradient_of_x - w) + unasked + (go if _channels_last(grad) else 0)
+
+
+def _per_thread(x: torch.Tensor, weight_bytes: int) -> int:
+    return torch.get_num_threads() * (4 * weight_bytes + _bytes(x) // max(x.shape[0], 1))
 
 
 def _weight_copies(weight: torch.Tensor, groups: int) -> int:

@@ -116,7 +116,7 @@ class Stepping:
 
 
 def run_backward(value: torch.Tensor) -> None:
-    """`value.backward()`, but a mode for functions stays on: torch's own call suspends it, and with it what is computed again."""
+    """`value.backward()` with the function mode left on: torch's own call suspends it, also for what checkpoints compute again."""
     if value.numel() != 1:
         raise InputError(f"loss: got a tensor of shape {tuple(value.shape)}, wanted a single number; take its mean.")
     torch_internals.run_backward(value)

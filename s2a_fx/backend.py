@@ -16,7 +16,7 @@ from torch import fx
 
 from s2a_fx.errors import InputError
 from s2a_fx.graph import torch_internals
-from s2a_fx.graph.dynamo_modules import State, Unraisable, raised
+from s2a_fx.graph.dynamo_modules import State, UnsupportedGraph, to_modules
 from s2a_fx.nn.recompute import Recomputed
 from s2a_fx.passes import CompressActivations
 from s2a_fx.recipes import COMPRESS, GraphPass, resolve
@@ -47,8 +47,8 @@ def s2a(graph_module: fx.GraphModule, example_inputs: Sequence[Any], **settings:
         got = ", ".join(f"{k}={v!r}" for k, v in {"inner": inner, "mode": mode, **settings}.items() if v)
         raise InputError(f"backend s2a: got {got}, wanted inner to be one of {', '.join(INNER)}, and mode with inductor alone.")
     try:
-        gm, state = raised(graph_module, example_inputs)
-    except Unraisable as reason:
+        gm, state = to_modules(graph_module, example_inputs)
+    except UnsupportedGraph as reason:
         warnings.warn(f"backend s2a: {reason}; this graph is compiled as it is, and keeps what autograd keeps.", stacklevel=2)
         return torch_internals.backend_named(inner)(graph_module, list(example_inputs))
     if torch.is_grad_enabled():

@@ -112,6 +112,11 @@ _MODULES: dict[type[nn.Module], Any] = {
     nn.LayerNorm: F.layer_norm,
     nn.RMSNorm: F.rms_norm,
     nn.GroupNorm: F.group_norm,
+    nn.InstanceNorm1d: F.instance_norm,
+    nn.InstanceNorm2d: F.instance_norm,
+    nn.InstanceNorm3d: F.instance_norm,
+    nn.LocalResponseNorm: F.local_response_norm,
+    nn.Embedding: F.embedding,
     nn.MaxPool1d: F.max_pool1d,
     nn.MaxPool2d: F.max_pool2d,
     nn.MaxPool3d: F.max_pool3d,
@@ -153,7 +158,13 @@ _MODULES: dict[type[nn.Module], Any] = {
     timm.layers.Sigmoid: torch.sigmoid,
     nn.Tanh: torch.tanh,
     timm.layers.Tanh: torch.tanh,
+    nn.LogSigmoid: F.logsigmoid,
     nn.Softplus: F.softplus,
+    nn.Softsign: F.softsign,
+    nn.Softshrink: F.softshrink,
+    nn.Hardshrink: F.hardshrink,
+    nn.Tanhshrink: F.tanhshrink,
+    nn.Threshold: F.threshold,
     nn.Hardtanh: F.hardtanh,
     nn.Hardswish: F.hardswish,
     timm.layers.HardSwish: F.hardswish,
@@ -161,10 +172,13 @@ _MODULES: dict[type[nn.Module], Any] = {
     timm.layers.activations.HardSigmoid: F.hardsigmoid,
     nn.Softmax: F.softmax,
     nn.LogSoftmax: F.log_softmax,
+    nn.Softmin: F.softmin,
     nn.Flatten: torch.flatten,
     nn.Unflatten: torch.unflatten,
     nn.PixelShuffle: F.pixel_shuffle,
     nn.PixelUnshuffle: F.pixel_unshuffle,
+    nn.ChannelShuffle: F.channel_shuffle,
+    nn.Upsample: F.interpolate,
 }
 """Module -> the operator that it calls with its tensors and attributes of the parameters' names. Subclasses may do more."""
 
@@ -367,11 +381,12 @@ def _is_path(module: nn.Module, name: str, value: Any) -> bool:
 
 
 def _training(spelled: Spelling, arguments: dict[str, Any], training: bool) -> dict[str, bool]:
-    """What a module hands over as `training`: a batch norm without statistics normalizes by the batch's in eval mode, too."""
-    if "training" not in parameters_of(spelled):
+    """What a module hands over as `training`: a norm without running statistics goes by the input's own in eval mode, too."""
+    name = "use_input_stats" if spelled.operator is F.instance_norm else "training"
+    if name not in parameters_of(spelled):
         return {}
-    by_batch = "running_mean" in parameters_of(spelled) and arguments.get("running_mean") is None
-    return {"training": training or by_batch}
+    by_input = "running_mean" in parameters_of(spelled) and arguments.get("running_mean") is None
+    return {name: training or by_input}
 
 
 def _options(spelled: Spelling, bound: Bound, operands: Mapping[str, Any]) -> dict[str, Any]:

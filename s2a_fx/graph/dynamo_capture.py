@@ -80,12 +80,12 @@ def _graph_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], l
         except Exception as refusal:
             if not answers.say_compiling_around(refusal) and attempt:
                 raise
-            if not attempt and not _runs_once(model, args, kwargs):
+            if not attempt and not _first_call_ends(model, args, kwargs):
                 raise
     raise AssertionError("the attempts end when nobody is left to answer otherwise")
 
 
-def _runs_once(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def _first_call_ends(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Do what a first call alone does; returns whether it came to its end."""
     try:
         model(*args, **kwargs)
@@ -151,13 +151,13 @@ def _refusal(model: nn.Module, error: Exception) -> str:
     found = [("", model)]
     for frame in stack:
         inside = [(f"{path}.{name}".strip("."), m) for path, owner in found for name, m in owner.named_modules()]
-        found = [(path, m) for path, m in inside if _runs(m, frame.filename, frame.lineno)] or found
+        found = [(path, m) for path, m in inside if _is_line_of(m, frame.filename, frame.lineno)] or found
     path, module = found[0]
     place = f"{path or 'the model itself'} ({type(module).__name__}), line {stack[-1].lineno} of {stack[-1].filename}"
     return f"{place}: Dynamo cannot follow it ({reason})"
 
 
-def _runs(module: nn.Module, filename: str, line: int | None) -> bool:
+def _is_line_of(module: nn.Module, filename: str, line: int | None) -> bool:
     """Whether a source line is in a module's forward."""
     code = getattr(module.forward, "__code__", None)
     if code is None or line is None or code.co_filename != filename:
@@ -250,7 +250,7 @@ class _Rebuilder:
 
     def _located(self, argument: Any) -> Any:
         """An argument of a call; a device that the model read from a tensor is read again, wherever the model is moved."""
-        if argument != FAKE_DEVICE or not isinstance(argument, torch.device) or not self.inputs:
+        if not isinstance(argument, torch.device) or argument != FAKE_DEVICE or not self.inputs:
             return argument
         if self.device is None:
             floats = (node for node, leaf in zip(self.inputs, self.fakes_of_inputs, strict=True) if leaf.is_floating_point())

@@ -32,7 +32,7 @@ _CONVOLUTIONS: dict[Any, Any] = {F.conv1d: nn.Conv1d, F.conv2d: nn.Conv2d, F.con
 _BATCH_NORMS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 
 
-class Unraisable(Exception):
+class UnsupportedGraph(Exception):
     """Dynamo's graph does what the passes have no form for; the message says what."""
 
 
@@ -42,7 +42,7 @@ class State:
 
     Attributes:
         attributes: those that are the model's: (position, path of the attribute).
-        inputs: those that are inputs of the raised graph: (position, the dimensions whose size may change).
+        inputs: those that are inputs of the graph: (position, the dimensions whose size may change).
     """
 
     attributes: tuple[tuple[int, str], ...]
@@ -58,11 +58,11 @@ class State:
         return [_with_dynamic(arguments[position], dimensions) for position, dimensions in self.inputs]
 
 
-def raised(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[fx.GraphModule, State]:
+def to_modules(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[fx.GraphModule, State]:
     """A copy of Dynamo's graph with attributes and modules, and how its arguments are bound to them.
 
     Raises:
-        Unraisable: the graph does what the passes cannot see the order of, or takes a number that is no size of its inputs.
+        UnsupportedGraph: the graph does what the passes cannot see the order of, or takes a number that is no size of its inputs.
     """
     _check_writes(graph_module.graph)
     root = nn.Module()
@@ -93,8 +93,8 @@ def raised(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple
             node.meta["nn_module_stack"] = {plain_path(p): (plain_path(p), kind) for p, kind in stack}
         if written_value(node) is not None:
             _keep_write(gm, node)
-        elif (call := call_of(gm, node)) is not None and node.op != "call_module" and call.operator in _RAISED:
-            _RAISED[call.operator](gm, call)
+        elif (call := call_of(gm, node)) is not None and node.op != "call_module" and call.operator in _AS_MODULE:
+            _AS_MODULE[call.operator](gm, call)
     gm.recompile()
     propagate(gm, examples)
     return gm, State(tuple(attributes), tuple(inputs))
@@ -154,17 +154,17 @@ def _read_size(gm: fx.GraphModule, number: fx.Node, placeholders: list[fx.Node])
     for placeholder in placeholders:
         value = placeholder.meta["example_value"]
         for dimension, size in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
-            if isinstance(size, torch.SymInt) and size.node.expr == symbol.node.expr:
+            if isinstance(size, torch.SymInt) and torch_internals.is_same_symbol(size, symbol):
                 with gm.graph.inserting_after(placeholders[-1]):
                     read = gm.graph.call_method("size", (placeholder, dimension))
                 number.replace_all_uses_with(read)
                 gm.graph.erase_node(number)
                 return
-    raise Unraisable(f"{number.target} is a number that changes, and no size of an input")
+    raise UnsupportedGraph(f"{number.target} is a number that changes, and no size of an input")
 
 
 def _check_writes(graph: fx.Graph) -> None:
-    """Raise if anything but a whole tensor that nobody sees through another is written to in place: passes keep no other order."""
+    """Raise unless each write in place is to a whole tensor that has no views: passes keep no other order of writes."""
     seen_by: dict[int, set[fx.Node]] = {}
     for node in graph.nodes:
         value = node.meta.get("example_value")
@@ -172,13 +172,13 @@ def _check_writes(graph: fx.Graph) -> None:
             seen_by.setdefault(torch_internals.storage_key(value), set()).add(node)
     writers = {node: written for node in graph.nodes if (written := written_value(node)) is not None}
     if several := [node for node, written in writers.items() if not isinstance(written, fx.Node)]:
-        raise Unraisable(f"{several[0].name} writes in place to several tensors at once")
+        raise UnsupportedGraph(f"{several[0].name} writes in place to several tensors at once")
     for node, written in writers.items():
         value = written.meta["example_value"]
         others = seen_by.get(torch_internals.storage_key(value), set()) - {*writers, *writers.values()}
         ours = written.op == "placeholder" and not _STATE.search(str(written.target))
         if others or ours or torch_internals.is_view(value) or node.target is operator.setitem:
-            raise Unraisable(f"{node.name} writes in place to what is read under another name")
+            raise UnsupportedGraph(f"{node.name} writes in place to what is read under another name")
 
 
 def _keep_write(gm: fx.GraphModule, node: fx.Node) -> None:
@@ -247,7 +247,7 @@ def _raise_dropout(gm: fx.GraphModule, call: Call) -> None:
         replace_node(gm, call.node, nn.Dropout(call.options["p"]), (call.input,))
 
 
-_RAISED: dict[Any, Any] = {
+_AS_MODULE: dict[Any, Any] = {
     F.linear: _raise_linear,
     F.batch_norm: _raise_batch_norm,
     F.dropout: _raise_dropout,

@@ -26,8 +26,8 @@ def fake_tensor(tensor: torch.Tensor, mode: FakeTensorMode, batch_size: int | No
     return torch_internals.make_fake(mode, shape, stride, tensor.dtype, tensor.requires_grad, isinstance(tensor, nn.Parameter))
 
 
-def reads_itself(module: nn.Module) -> bool:
-    """Whether a module needs `fake_copy` to run on fake tensors: exchanging its parameters and buffers is not enough."""
+def needs_fake_copy(module: nn.Module) -> bool:
+    """Whether a module runs on fake tensors only as a `fake_copy`: exchanging its parameters and buffers is not enough."""
     return any(map(_counts_batches, modules_within(module))) or bool(torch_internals.normalized_weights(module))
 
 

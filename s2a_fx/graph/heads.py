@@ -32,7 +32,7 @@ def classification_heads(gm: fx.GraphModule) -> tuple[fx.Node, ...]:
         found = [node for node in found if _classes(gm, node) in classes]
     else:
         found = [node for node in found if _is_convolution(gm, node)]
-    return tuple(sorted(found, key=lambda n: n.name))
+    return tuple(node for node in gm.graph.nodes if node in found)
 
 
 def head_paths(gm: fx.GraphModule) -> tuple[str, ...]:
@@ -86,6 +86,8 @@ def _is_head(gm: fx.GraphModule, node: fx.Node, dependent: set[fx.Node]) -> bool
         return False
     if node.op == "call_module":
         return isinstance(gm.get_submodule(str(node.target)), nn.Linear) or _is_convolution(gm, node)
+    if _is_convolution(gm, node):
+        return True
     call = call_of(gm, node)
     if call is None or call.operator not in _PRODUCTS or len(call.nodes) < 2:
         return False
@@ -94,9 +96,13 @@ def _is_head(gm: fx.GraphModule, node: fx.Node, dependent: set[fx.Node]) -> bool
 
 
 def _is_convolution(gm: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether a node is a convolution of one position."""
-    module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
-    return isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1)
+    """Whether a node is a convolution of one position, a layer or a function over a parameter."""
+    if operator_of(gm, node) is not F.conv2d:
+        return False
+    if node.op == "call_module":
+        return gm.get_submodule(str(node.target)).kernel_size == (1, 1)
+    weight = node.all_input_nodes[1]
+    return isinstance(weight.meta.get("val"), torch.Tensor) and tuple(weight.meta["val"].shape[2:]) == (1, 1)
 
 
 def _rank(node: fx.Node) -> int:

@@ -8,7 +8,7 @@ import torch
 from torch import fx, nn
 from torch.func import functional_call
 
-from s2a_fx.graph.fake import fake_copy, fake_mode, fake_tensor, reads_itself, traced_inputs
+from s2a_fx.graph.fake import fake_copy, fake_mode, fake_tensor, needs_fake_copy, traced_inputs
 from s2a_fx.graph.regions import Region, in_scopes
 from s2a_fx.graph.torch_internals import FakeTensor, FakeTensorMode, tree_leaves
 
@@ -68,7 +68,7 @@ def _call_module(gm: fx.GraphModule, module: nn.Module, args: Any, kwargs: Any, 
         if id(tensor) not in faked:
             faked[id(tensor)] = fake_tensor(tensor, mode)
         own[name] = faked[id(tensor)]
-    if isinstance(module, Region) or reads_itself(module):
+    if isinstance(module, Region) or needs_fake_copy(module):
         return fake_copy(module, faked)(*args, **kwargs)
     return functional_call(module, own, args, kwargs)  # a tenth of a copy's time
 

@@ -105,6 +105,7 @@ ATTRIBUTES = {"T": "numpy_T", "mT": "mT", "H": "matrix_H", "mH": "mH"}
 _FUNCTIONS: dict[str, Function] = {
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
+    "log_sigmoid": F.logsigmoid,
     "getitem": operator.getitem,
     "setitem": operator.setitem,
 }

@@ -122,9 +122,9 @@ def without_compiler(model: Any) -> Any:
     return model
 
 
-def keep_call(module: nn.Module, acts: bool = True) -> None:
+def keep_call(module: nn.Module, kept: bool = True) -> None:
     """Say whether a module does more than compute a value: torch.fx then keeps its call though nobody reads the value."""
-    module._is_impure = acts  # type: ignore[assignment]
+    module._is_impure = kept  # type: ignore[assignment]
 
 
 def acts(module: nn.Module) -> bool:

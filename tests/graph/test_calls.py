@@ -185,6 +185,16 @@ SPELLINGS: dict[Any, list[tuple[Any, tuple[Any, ...], dict[str, Any]]]] = {
     torch.transpose: [_s(torch.transpose, "x", 1, "n"), _s("transpose", "x", 1, 2), _s("swapaxes", "x", axis0=1, axis1=2)],
     torch.reshape: [_s(torch.reshape, "x", (2, -1)), _s("reshape", "x", "n", -1), _s("reshape", "x", ("n", -1))],
     torch.flatten: [_s(nn.Flatten(), "x"), _s(torch.flatten, "x", 1), _s("flatten", "x", 1), _s("flatten", "x", start_dim=1)],
+    F.instance_norm: [_s(nn.InstanceNorm2d(8), "x"), _s(F.instance_norm, "x"), _s(F.instance_norm, "x", use_input_stats=True)],
+    F.embedding: [_s(nn.Embedding(4, 6), "x"), _s(F.embedding, "x", "weight")],
+    F.logsigmoid: [_s(nn.LogSigmoid(), "x"), _s(F.logsigmoid, "x"), _s(aten.log_sigmoid.default, "x")],
+    F.softsign: [_s(nn.Softsign(), "x"), _s(F.softsign, "x")],
+    F.softshrink: [_s(nn.Softshrink(0.3), "x"), _s(F.softshrink, "x", 0.3), _s(aten.softshrink.default, "x", 0.3)],
+    F.hardshrink: [_s(nn.Hardshrink(), "x"), _s(F.hardshrink, "x"), _s("hardshrink", "x", 0.5)],
+    F.threshold: [_s(nn.Threshold(0.1, 2.0), "x"), _s(F.threshold, "x", 0.1, 2.0)],
+    F.softmin: [_s(nn.Softmin(1), "x"), _s(F.softmin, "x", 1)],
+    F.channel_shuffle: [_s(nn.ChannelShuffle(2), "x"), _s(F.channel_shuffle, "x", 2)],
+    F.interpolate: [_s(nn.Upsample(scale_factor=2), "x"), _s(F.interpolate, "x", scale_factor=2.0)],
     torch.roll: [_s(torch.roll, "x", (1, 1), (1, 2)), _s("roll", "x", shifts=(1, 1), dims=(1, 2))],
 }  # fmt: skip
 

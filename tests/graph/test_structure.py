@@ -342,6 +342,35 @@ def test_several_heads_are_found():
     assert {node.target for node in found} == {"colour", "shape"}
 
 
+def test_heads_stand_in_the_order_of_the_graph():
+    class Many(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.heads = nn.Linear(8, 8), nn.ModuleList(nn.Linear(8, 3) for _ in range(11))
+
+        def forward(self, x):
+            x = F.relu(self.body(x))
+            return [head(x) for head in self.heads]
+
+    found = classification_heads(s2a_fx.trace(Many(), torch.randn(3, 8)))
+    assert [node.target for node in found] == [f"heads.{index}" for index in range(11)]
+
+
+@pytest.mark.parametrize("convolve", [F.conv2d, torch.conv2d, torch.ops.aten.conv2d.default])
+def test_a_convolution_called_as_a_function_is_a_head(convolve):
+    class Convolves(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Conv2d(3, 8, 3, 1, 1)
+            self.weight, self.bias = nn.Parameter(torch.randn(5, 8, 1, 1)), nn.Parameter(torch.randn(5))
+
+        def forward(self, x):
+            x = F.relu(self.body(x)).mean((2, 3), keepdim=True)
+            return convolve(x, self.weight, self.bias).flatten(1)
+
+    assert head_parameters(s2a_fx.trace(Convolves(), torch.randn(2, 3, 8, 8))) == {"weight", "bias"}
+
+
 def test_features_have_no_head_and_their_biases_train():
     model, x = timm_model("vit_tiny_patch16_224", img_size=32, depth=1)
     model.reset_classifier(0)

@@ -3,7 +3,8 @@
     python benchmarks/golden.py [--models ...] [--recipes ...] [--compiled]      writes results/golden.json
     python benchmarks/golden.py --against results/golden.json --name golden-now  and tells what differs
 
-Batch 2, one thread, weights and images from fixed seeds. Bits are those of eager steps; compiled steps are held to their losses.
+Batch 2, one thread, weights and images from fixed seeds. Bits are those of eager steps on one kind of CPU; compiled steps are held
+to their losses.
 """
 
 import argparse
@@ -146,6 +147,9 @@ def main() -> None:
     parser.add_argument("--name", default="golden", help="of the JSON in benchmarks/results (default: %(default)s)")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    before = json.loads(options.against.read_text()) if options.against else None
+    if before is not None and before["device"] != record.cpu():
+        parser.error(f"{options.against} was recorded on {before['device']}, and bits differ from one CPU to another; run it here")
     figures: dict[str, list[Any]] = {"eager": [], "compiled": []}
     for name in options.models:
         for recipe in options.recipes:
@@ -157,8 +161,8 @@ def main() -> None:
         figures["compiled"].append(asdict(measure_compiled(name, recipe)))
         print(*figures["compiled"][-1].values(), flush=True)
         record.write(options.name, figures)
-    if options.against:
-        found = differences(json.loads(options.against.read_text())["figures"], figures)
+    if before is not None:
+        found = differences(before["figures"], figures)
         print(tabulate(found, ("model", "recipe", "differs")) if found else "no difference")
         raise SystemExit(bool(found))
 

@@ -23,7 +23,7 @@ def write(name: str, figures: Any, device: str = "cpu") -> Path:
     path = RESULTS / f"{name}.json"
     record = {
         "date": datetime.date.today().isoformat(),
-        "device": torch.cuda.get_device_name() if device == "cuda" else _cpu(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else cpu(),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -50,5 +50,6 @@ def commit() -> str | None:
         return None
 
 
-def _cpu() -> str:
+def cpu() -> str:
+    """The kind of CPU, and how many threads torch uses of it."""
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"

@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -46,7 +47,7 @@ def _place_of_draw(model: nn.Module, run: Callable[[], Any]) -> str | None:
         run()
     if draws.own:
         return draws.own[0]
-    return None if draws.others or _states() == before else "the model itself"
+    return None if draws.others or _states() == before else _line_of_change(run)
 
 
 def _states() -> tuple[Any, ...]:
@@ -61,6 +62,27 @@ def _restore(states: tuple[Any, ...]) -> None:
     np.random.set_state((name, np.frombuffer(keys, dtype=np.uint32), *rest))
 
 
+def _line_of_change(run: Callable[[], Any]) -> str:
+    """The line at which the generators first change, where they are called by a name that nobody knows."""
+    found: list[str] = []
+    before, profiler = _states(), sys.getprofile()
+
+    def look(frame: FrameType, event: str, argument: Any) -> None:
+        if not found and _states() != before:
+            found.append(_line_of(frame))
+
+    sys.setprofile(look)
+    try:
+        run()
+    finally:
+        sys.setprofile(profiler)
+    return found[0] if found else "the model itself"
+
+
+def _line_of(frame: FrameType) -> str:
+    return line_of_frame(frame, "random", "numpy") or "the model itself"
+
+
 @dataclass
 class _Draws:
     """The lines of this thread that drew, in order, and whether other threads did."""
@@ -69,11 +91,11 @@ class _Draws:
     others: bool = False
     thread: int = field(default_factory=threading.get_ident)
 
-    def note(self, frame: Any) -> None:
+    def note(self, frame: FrameType) -> None:
         if threading.get_ident() != self.thread:
             self.others = True
         else:
-            self.own.append(line_of_frame(frame, "random", "numpy") or "the model itself")
+            self.own.append(_line_of(frame))
 
 
 @contextlib.contextmanager

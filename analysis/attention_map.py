@@ -8,7 +8,7 @@ from s2a_fx.analysis.activations import dropout_probability
 from s2a_fx.graph import torch_internals
 from s2a_fx.graph.calls import Call, call_of, canonical, operator_of
 from s2a_fx.graph.leaf import leaf_calls
-from s2a_fx.graph.regions import Region
+from s2a_fx.graph.regions import Region, in_one_context
 from s2a_fx.nn.coded_attention import CodedAttention
 from s2a_fx.nn.quantized import QuantizedAttention, QuantizedSoftmax, QuantizedSoftmaxMatmul
 
@@ -39,7 +39,8 @@ def product_with_values(gm: fx.GraphModule, softmax: Call) -> tuple[fx.Node, fx.
             return None
         value = call.operands["other"]
         assert isinstance(value, fx.Node)
-        return (user, value, dropout_p) if value.meta["val"].shape[:-2] == shape[:-2] else None
+        together = in_one_context(user, softmax.node) and value.meta["val"].shape[:-2] == shape[:-2]
+        return (user, value, dropout_p) if together else None
     return None
 
 

@@ -21,6 +21,7 @@ from s2a_fx.analysis.attention_map import product_with_values
 from s2a_fx.graph.calls import Call, call_of, find_calls
 from s2a_fx.graph.flow import dependent_nodes, reaches, trained_nodes
 from s2a_fx.graph.metadata import add_note
+from s2a_fx.graph.regions import SCOPES, in_one_context, scopes_of
 from s2a_fx.passes.base import Pass
 
 _SCALES = {torch.mul: 1, torch.div: -1}
@@ -56,7 +57,7 @@ def _fuse(gm: fx.GraphModule, softmax: Call, dependent: set[fx.Node], trained: s
     if dropout_p:
         return "has dropout on its map"
     added, scale, scores = _scores(gm, softmax.input, dependent)
-    if scores is None:
+    if scores is None or not in_one_context(softmax.node, softmax.input):
         return "its scores are not a product of two activations, scaled and added to"
     if scores.node.meta["val"].shape != softmax.node.meta["val"].shape or any(not t.meta["val"].is_floating_point() for t in added):
         return "its scores are reshaped, or a mask of another type than theirs is added"
@@ -71,7 +72,7 @@ def _fuse(gm: fx.GraphModule, softmax: Call, dependent: set[fx.Node], trained: s
         options: dict[str, Any] = {"attn_mask": mask, "scale": scale}
         fused = gm.graph.call_function(F.scaled_dot_product_attention, (query, key, value), options)
     for new in (key, fused):
-        new.meta["nn_module_stack"] = softmax.node.meta.get("nn_module_stack", {})
+        new.meta |= {"nn_module_stack": softmax.node.meta.get("nn_module_stack", {}), SCOPES: scopes_of(matmul)}
     fused.meta["val"] = matmul.meta["val"]
     matmul.replace_all_uses_with(fused)
     gm.graph.erase_node(matmul)
@@ -85,7 +86,9 @@ def _scores(gm: fx.GraphModule, node: fx.Node, dependent: set[fx.Node]) -> tuple
     while (call := call_of(gm, node)) is not None and call.operator is not torch.matmul:
         tensors = [o for o in node.all_input_nodes if isinstance(o.meta.get("val"), torch.Tensor)]
         through = [o for o in tensors if o in dependent]
-        if len(through) != 1 or len(through[0].users) != 1 + _shape_readers(through[0]) or call.in_place:
+        if len(through) != 1 or not in_one_context(node, *through) or call.in_place:
+            return added, scale, None
+        if len(through[0].users) != 1 + _shape_readers(through[0]):
             return added, scale, None
         other = call.options.get("other")
         if call.operator is torch.add and len(tensors) == 2 and scale == 1.0 and call.options["alpha"] == 1:
@@ -124,7 +127,7 @@ def _mask(gm: fx.GraphModule, operand: fx.Node, scores: Call) -> fx.Node | None:
         return next(o for o in terms[0].nodes if not reaches(o, {scores.node}))
     before = scores.node
     made = gm.graph.call_function(zero_scores, scores.nodes)
-    made.meta["val"] = scores.node.meta["val"]
+    made.meta |= {"val": scores.node.meta["val"], SCOPES: scopes_of(scores.node)}
     copies = {scores.node: made}
     for call in reversed(chain):
         if call.operator in _SCALES:

@@ -23,6 +23,7 @@ from s2a_fx.graph.edit import free_path, insert_call, snake_case
 from s2a_fx.graph.flow import trained_nodes
 from s2a_fx.graph.metadata import add_note
 from s2a_fx.graph.provenance import owner_path
+from s2a_fx.graph.regions import SCOPES, in_one_context, scopes_of
 from s2a_fx.nn.ghost import extract_bodies
 from s2a_fx.nn.recomputed_branch import RecomputedBranch
 from s2a_fx.passes.base import Pass
@@ -87,7 +88,7 @@ class RecomputeBranches(Pass):
         with gm.graph.inserting_before(branch.output):
             path = free_path(gm, owner_path(branch.norm), snake_case(RecomputedBranch))
             call = insert_call(gm, path, module, (branch.source, *parameters, *branch.operands), like=branch.norm)
-        call.meta["val"] = branch.output.meta["val"]
+        call.meta["val"], call.meta[SCOPES] = branch.output.meta["val"], scopes_of(branch.norm)
         branch.output.replace_all_uses_with(call)
         for node in (*reversed(branch.nodes), branch.norm):
             gm.graph.erase_node(node)
@@ -110,6 +111,8 @@ def _kind(gm: fx.GraphModule, branch: NormalizedBranch) -> str:
 
 def _refusal(gm: fx.GraphModule, branch: NormalizedBranch, trained: set[fx.Node]) -> str | None:
     width = branch.norm.meta["val"].shape[-1]
+    if not in_one_context(branch.norm, *branch.nodes):
+        return "its norm stands in another context than its layers: torch.no_grad() or autocast"
     if width % MULTIPLE:
         return f"{width} channels are not a multiple of {MULTIPLE}: codes could not be packed"
     last = branch.tail or branch.output  # a bias that trains there alone keeps nothing

@@ -218,6 +218,75 @@ def test_passes_edit_what_stands_in_a_context(function, recipe):
         assert s2a_fx.analyze(gm.train(), (X,), loss=torch.sum).saved_bytes == measure_saved_bytes(gm, (X,))
 
 
+class Block(nn.Module):
+    """A residual block of which `function` computes the branch, and a head."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.norm, self.fc1, self.fc2 = nn.LayerNorm(64), nn.Linear(64, 64), nn.Linear(64, 64)
+        self.weight, self.head, self.function = nn.Parameter(torch.randn(64, 64)), nn.Linear(64, 3), function
+
+    def forward(self, x):
+        return self.head(x + self.function(self, x))
+
+
+def norm_without_gradients(self, x):
+    with torch.no_grad():
+        x = self.norm(x)
+    return self.fc2(F.gelu(self.fc1(x)))
+
+
+def layer_without_gradients(self, x):
+    x = self.norm(x)
+    with torch.no_grad():
+        x = F.gelu(self.fc1(x))
+    return self.fc2(x)
+
+
+@torch.no_grad()
+def branch_without_gradients(self, x):
+    return self.fc2(F.gelu(self.fc1(self.norm(x))))
+
+
+def product_in_16_bits(self, x):
+    with torch.autocast("cpu", torch.bfloat16):
+        return self.fc1(self.norm(x)) @ self.weight
+
+
+def branch_in_16_bits(self, x):
+    with torch.autocast("cpu", torch.bfloat16):
+        return self.fc2(F.gelu(self.fc1(self.norm(x))))
+
+
+def activation_in_32_of_16_bits(self, x):
+    x = self.norm(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        x = self.fc1(x)
+        with torch.autocast("cpu", enabled=False):
+            x = F.gelu(x.float())
+        return self.fc2(x)
+
+
+@pytest.mark.parametrize("recipe", ["bias", "bias+checkpoint", "full+checkpoint", "bias+compress", "full+compress", "bias+compress-max"])
+@pytest.mark.parametrize(
+    "function",
+    [
+        norm_without_gradients, layer_without_gradients, branch_without_gradients,
+        product_in_16_bits, branch_in_16_bits, activation_in_32_of_16_bits,
+    ],
+)  # fmt: skip
+def test_a_block_that_is_replaced_keeps_the_contexts_inside_and_around_it(function, recipe):
+    torch.manual_seed(0)
+    model, x = Block(function), X[:, None]
+    gm = s2a_fx.transform(model, x, recipe)
+    torch.testing.assert_close(gm(x), model(x), rtol=0, atol=0)
+    gm(x).sum().backward()
+    model(x).sum().backward()
+    without = {name for name, p in model.named_parameters() if p.grad is None}
+    assert not {name for name, p in gm.named_parameters() if p.grad is not None} & without
+    assert s2a_fx.analyze(gm, x, loss=torch.sum).saved_bytes == measure_saved_bytes(gm, (x,))
+
+
 class Counts(nn.Module):
     """Counts its steps in a buffer, by the operator that it is given."""
 

@@ -14,6 +14,7 @@ from s2a_fx.analysis.activations import activation, dropout_probability
 from s2a_fx.codecs.packing import MULTIPLE
 from s2a_fx.graph.calls import call_of
 from s2a_fx.graph.edit import replace_node
+from s2a_fx.graph.regions import in_one_context
 from s2a_fx.graph.torch_internals import has_hooks
 from s2a_fx.nn.coded_mlp import CodedMLP
 from s2a_fx.nn.ghost import can_be_ghost
@@ -57,7 +58,7 @@ def _mlp(gm: fx.GraphModule, node: fx.Node) -> _MLP | None:
     while len(between[-1].users) == 1:
         user = next(iter(between[-1].users))
         if _is_frozen_linear(gm, user):
-            return _MLP(found.operand, found.name, tuple(between), user)
+            return _MLP(found.operand, found.name, tuple(between), user) if in_one_context(found.operand, *between, user) else None
         if not _does_nothing(gm, user):
             return None
         between.append(user)

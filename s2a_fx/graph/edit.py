@@ -9,6 +9,7 @@ from torch import fx, nn
 
 from s2a_fx.graph.flow import attribute
 from s2a_fx.graph.provenance import module_stack, owner_path, owner_stack
+from s2a_fx.graph.regions import SCOPES, scopes_of
 from s2a_fx.graph.traced_module import TracedModule
 
 
@@ -28,7 +29,7 @@ def extract_region(
     graph = fx.Graph()
     copies = {operand: graph.placeholder(f"operand_{index}") for index, operand in enumerate(operands)}
     for operand, copy in copies.items():
-        copy.meta = dict(operand.meta)
+        copy.meta = {key: value for key, value in operand.meta.items() if key != SCOPES}  # it is computed outside
     for node in nodes:
         copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output(copies[nodes[-1]] if outputs is None else tuple(copies[node] for node in outputs))
@@ -140,7 +141,7 @@ def replace_node(
     """
     with gm.graph.inserting_before(before or node):
         call = insert_call(gm, path or free_path(gm, owner_path(node), snake_case(type(module))), module, operands, like=node)
-    call.meta["val"] = node.meta["val"]
+    call.meta["val"], call.meta[SCOPES] = node.meta["val"], scopes_of(node)
     node.replace_all_uses_with(call)
     gm.graph.erase_node(node)
     return call

@@ -7,7 +7,7 @@ import torch
 from torch import fx, nn
 
 from s2a_fx.graph.calls import is_in_place, writes
-from s2a_fx.graph.regions import Region
+from s2a_fx.graph.regions import GradMode, Region, scopes_of
 from s2a_fx.graph.torch_internals import acts
 
 
@@ -37,7 +37,8 @@ def trained_nodes(gm: fx.GraphModule) -> set[fx.Node]:
     """The floating values that depend on a parameter that trains, or on an input that needs a gradient: one flows back to them."""
     found: set[fx.Node] = set()
     for node in gm.graph.nodes:
-        if _may_need_grad(node) and (any(operand in found for operand in node.all_input_nodes) or _trains(gm, node)):
+        trains = any(operand in found for operand in node.all_input_nodes) or _trains(gm, node)
+        if trains and _may_need_grad(node) and _runs_with_grad(gm, node):
             found.add(node)
     return found
 
@@ -67,6 +68,14 @@ def attribute(gm: nn.Module, path: str) -> Any:
 def _may_need_grad(node: fx.Node) -> bool:
     value = node.meta.get("val")
     return not isinstance(value, torch.Tensor | int | bool) or (isinstance(value, torch.Tensor) and value.is_floating_point())
+
+
+def _runs_with_grad(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether the model computes a node with gradients on: the innermost context tells."""
+    module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+    own = (module.scope,) if isinstance(module, GradMode) else ()
+    modes = [dict(scope.options)["enabled"] for scope in (*scopes_of(node), *own) if scope.kind == "grad_mode"]
+    return not modes or bool(modes[-1])
 
 
 def _trains(gm: fx.GraphModule, node: fx.Node) -> bool:

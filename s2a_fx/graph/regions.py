@@ -54,6 +54,11 @@ def scopes_of(node: fx.Node) -> tuple[Scope, ...]:
     return tuple(node.meta.get(SCOPES, ()))
 
 
+def in_one_context(*nodes: fx.Node) -> bool:
+    """Whether the same scopes are around all of several nodes."""
+    return all(scopes_of(node) == scopes_of(nodes[0]) for node in nodes)
+
+
 @contextmanager
 def in_scopes(node: fx.Node, *kinds: Kind) -> Iterator[None]:
     """Enter the scopes of these kinds around a node of an open graph."""

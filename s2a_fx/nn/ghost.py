@@ -9,6 +9,8 @@ from torch import fx, nn
 
 from s2a_fx.graph import torch_internals
 from s2a_fx.graph.edit import extract_region
+from s2a_fx.graph.regions import SCOPES, scopes_of
+from s2a_fx.graph.scopes import close_scopes, common_scopes
 
 
 def can_be_ghost(module: nn.Module | None) -> bool:
@@ -80,13 +82,26 @@ class _GhostConvolution(torch.autograd.Function):
 def extract_bodies(
     gm: fx.GraphModule, nodes: Sequence[fx.Node], operands: Sequence[fx.Node], tail: fx.Node | None
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """The function from `operands` to the last of `nodes`; and the same with the layer `tail` as a `Ghost`, for the backward."""
-    body, _ = extract_region(gm, nodes, operands)
+    """The function from `operands` to the last of `nodes`; and the same with the layer `tail` as a `Ghost`, for the backward.
+
+    Its call belongs into the scopes that all nodes are in.
+    """
+    body, copies = extract_region(gm, nodes, operands)
+    _close_inner_scopes(body, nodes, copies)
     if tail is None:
         return body, body
     backward_body, copies = extract_region(gm, nodes, operands)
     backward_body.add_submodule("ghost", Ghost(gm.get_submodule(str(tail.target))))
     copies[tail].target = "ghost"
     backward_body.delete_all_unused_submodules()
-    backward_body.recompile()
+    _close_inner_scopes(backward_body, nodes, copies)
     return body, backward_body
+
+
+def _close_inner_scopes(body: fx.GraphModule, nodes: Sequence[fx.Node], copies: dict[fx.Node, fx.Node]) -> None:
+    """Make modules of the scopes that some of a body's nodes are in; those around all are around the body's call."""
+    around = common_scopes([scopes_of(node) for node in nodes])
+    for node in nodes:
+        copies[node].meta[SCOPES] = scopes_of(node)[len(around) :]
+    close_scopes(body)
+    body.recompile()

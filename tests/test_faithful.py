@@ -218,6 +218,40 @@ def test_passes_edit_what_stands_in_a_context(function, recipe):
         assert s2a_fx.analyze(gm.train(), (X,), loss=torch.sum).saved_bytes == measure_saved_bytes(gm, (X,))
 
 
+def by_its_type(self, x):
+    return self.head(self.body(x)) * (2.0 if isinstance(x, torch.Tensor) else 3.0)
+
+
+def by_an_attribute(self, x):
+    return self.head(self.body(x)) * (3.0 if hasattr(x, "no_such_thing") else 2.0)
+
+
+def by_its_pattern(self, x):
+    match x.shape:
+        case (_, 64):
+            scale = 2.0
+        case _:
+            scale = 3.0
+    return self.head(self.body(x)) * scale
+
+
+def by_a_number_of_numpy(self, x):
+    return self.head(self.body(x) / np.sqrt(8)) * np.float32(0.5).item()
+
+
+def by_nan(self, x):
+    return self.head(self.body(x)).masked_fill(x[:, :3] > 0.9, float("nan")).nan_to_num(0.0)
+
+
+@pytest.mark.parametrize("function", [by_its_type, by_an_attribute, by_its_pattern, by_a_number_of_numpy, by_nan])
+def test_constants_are_those_that_the_model_takes(function):
+    torch.manual_seed(0)
+    model = Body(function)
+    gm = copy.deepcopy(s2a_fx.trace(model, X))
+    for training in (True, False):
+        assert torch.equal(gm.train(training)(X), model.train(training)(X))
+
+
 class Block(nn.Module):
     """A residual block of which `function` computes the branch, and a head."""
 
@@ -267,7 +301,9 @@ def activation_in_32_of_16_bits(self, x):
         return self.fc2(x)
 
 
-@pytest.mark.parametrize("recipe", ["bias", "bias+checkpoint", "full+checkpoint", "bias+compress", "full+compress", "bias+compress-max"])
+@pytest.mark.parametrize(
+    "recipe", ["bias", "bias+checkpoint", "full+checkpoint", "bias+compress", "full+compress", "bias+compress-max"]
+)
 @pytest.mark.parametrize(
     "function",
     [

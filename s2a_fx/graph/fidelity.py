@@ -2,7 +2,8 @@
 
 Both run on equal fake inputs. The graph is faithful if both
 
-1. make the same ATen calls, on tensors of the same shapes and dtypes, under the same grad mode and autocast;
+1. make the same ATen calls, on tensors of the same shapes and dtypes and on the same constants, under the same grad mode and
+   autocast;
 2. let autograd keep the same storages;
 3. write to the same buffers;
 4. return the same structure of the same tensors.
@@ -12,9 +13,10 @@ those whose results nobody reads: they are dead code. An augmented assignment ma
 """
 
 import functools
+import math
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -32,17 +34,19 @@ Shape = tuple[tuple[int, ...], torch.dtype]
 
 
 class AtenCall(NamedTuple):
-    """One call: the operator, what it reads and returns, and what it runs under."""
+    """One call: the operator, the tensors and constants that it takes, what it returns, and what it runs under."""
 
     operator: str
     reads: tuple[Shape, ...]
+    constants: tuple[Any, ...]
     returns: tuple[Shape, ...]
     grad_mode: bool
     autocast: tuple[bool, ...]
 
     def __str__(self) -> str:
         shapes = ", ".join("x".join(map(str, shape)) or "()" for shape, _ in self.reads)
-        return f"{self.operator}({shapes})" + ("" if self.grad_mode else " without gradients")
+        constants = ", ".join(str(value) for value in self.constants if value is not None)
+        return f"{self.operator}({', '.join(filter(None, (shapes, constants)))})" + ("" if self.grad_mode else " without gradients")
 
 
 @dataclass(frozen=True)
@@ -195,7 +199,8 @@ class _Recorder(TorchDispatchMode):
                 self.alive += [t.untyped_storage() for t in reads]
                 self.dependent.update(keys)
             autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
-            shapes = tuple(map(_shape, reads)), tuple(map(_shape, returns))
+            constants = tuple(_constants_in((*args, *kwargs.values()) if kwargs else args))
+            shapes = tuple(map(_shape, reads)), constants, tuple(map(_shape, returns))
             self.calls.append(AtenCall(operator.name, *shapes, torch.is_grad_enabled(), autocast))
             if not acts:
                 self.readers[number] = set()
@@ -217,6 +222,15 @@ def _tensors_in(values: Iterable[Any]) -> list[torch.Tensor]:
         elif isinstance(value, list | tuple):
             found += _tensors_in(value)
     return found
+
+
+def _constants_in(values: Iterable[Any]) -> Iterator[Any]:
+    """The arguments that are no tensors, NaN equal to itself."""
+    for value in values:
+        if isinstance(value, list | tuple):
+            yield from _constants_in(value)
+        elif not isinstance(value, torch.Tensor | torch.Generator):
+            yield "nan" if isinstance(value, float) and math.isnan(value) else value
 
 
 class _Reached(BaseException):

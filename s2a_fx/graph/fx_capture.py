@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from types import CodeType, FrameType
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.layers import get_notrace_functions, get_notrace_modules
@@ -173,6 +174,8 @@ class ModelTracer(BufferTracer):
 
     def create_arg(self, a: Any) -> Any:
         """As torch.fx does, but equal constants of the captures of both modes are one attribute."""
+        if isinstance(a, np.generic):  # `math.pi / np.sqrt(8)`, which source code writes as NumPy's
+            return a.item()
         if isinstance(a, type) and a in _DTYPES:  # `x.to(float)`, whose source code torch.fx would write as a class's
             return _DTYPES[a]
         if isinstance(a, torch.Tensor) and id(a) not in self.tensor_paths and a not in self.tensor_attrs:

@@ -10,6 +10,7 @@ Nodes that compute the same stay one node, which passes edit for both modes; the
 """
 
 import difflib
+import math
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -74,7 +75,13 @@ def _is_equal(x: Any, y: Any) -> bool:
     """Equality of arguments in which True is not 1, and NaN is equal to itself."""
     xs, structure = tree_flatten(x)
     ys, other = tree_flatten(y)
-    return structure == other and all(a is b or (type(a) is type(b) and a == b) for a, b in zip(xs, ys, strict=True))
+    return structure == other and all(map(_is_equal_leaf, xs, ys))
+
+
+def _is_equal_leaf(a: Any, b: Any) -> bool:
+    if type(a) is not type(b):
+        return False
+    return a is b or bool(a == b) or (isinstance(a, float) and math.isnan(a) and math.isnan(b))
 
 
 class _Alignment:

@@ -67,7 +67,10 @@ def _trains_its_weight(gm: fx.GraphModule, node: fx.Node) -> bool:
     if operator_of(gm, node) not in _PARAMETRIC:
         return False
     call = call_of(gm, node)
-    path = f"{node.target}.weight" if call is None else call.path_of("weight")  # of a class derived from such a layer
+    if call is None:  # a class derived from such a layer, whose weight may be computed, by a power iteration say
+        named = gm.get_submodule(str(node.target)).named_parameters()
+        return any(p.requires_grad for name, p in named if "bias" not in name.split("."))
+    path = call.path_of("weight")
     weight = None if path is None else attribute(gm, path)
     return isinstance(weight, torch.Tensor) and weight.requires_grad
 

@@ -23,7 +23,7 @@ from torch import fx, nn
 
 from s2a_fx.errors import InputError
 from s2a_fx.graph import torch_internals
-from s2a_fx.graph.regions import ScopeRegion
+from s2a_fx.graph.regions import MODEL_REGIONS
 from s2a_fx.graph.spellings import (
     ATTRIBUTES,
     DISPATCHED,
@@ -221,12 +221,15 @@ def find_calls(gm: fx.GraphModule, function: Function | type[nn.Module]) -> tupl
 
     Args:
         gm: what `trace` or `transform` returned, or what `Pass.rewrite` gets. What the model runs under `torch.no_grad()`,
-            `torch.autocast` or its own checkpoints is searched, too; modules that passes put in the place of operators are not.
+            `torch.autocast` or its own checkpoints, in one mode alone, or with optional arguments, is searched, too; modules that
+            passes put in the place of operators are not.
         function: any spelling of the operator: `F.layer_norm`, `nn.LayerNorm`, `torch.ops.aten.layer_norm.default`.
 
     Raises:
         InputError: `function` is no operator of torch's, and no layer that is one.
     """
+    if not isinstance(gm, fx.GraphModule):
+        raise InputError(f"find_calls: got a {type(gm).__name__}, wanted a graph module; pass what s2a_fx.trace returns.")
     wanted = canonical(function)
     if wanted is None:
         raise InputError(
@@ -240,8 +243,9 @@ def find_calls(gm: fx.GraphModule, function: Function | type[nn.Module]) -> tupl
 def _calls(gm: fx.GraphModule) -> Iterator[Call]:
     for node in gm.graph.nodes:
         module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if isinstance(module, ScopeRegion):
-            yield from _calls(module.body)
+        if isinstance(module, MODEL_REGIONS):
+            for body in module.bodies():
+                yield from _calls(body)
         elif (call := call_of(gm, node)) is not None:
             yield call
 

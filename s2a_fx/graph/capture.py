@@ -15,7 +15,7 @@ torch.fx captures first; what it cannot follow, or follows unfaithfully, Dynamo 
 import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
 from s2a_fx.errors import InputError, TraceError
-from s2a_fx.graph import fidelity, foreign_random_numbers, torch_internals
+from s2a_fx.graph import fidelity, foreign_random_numbers, lasting_state, torch_internals
 from s2a_fx.graph.assignments import replace_assignments
 from s2a_fx.graph.caches import without_caches
 from s2a_fx.graph.call_code import CallCode, Result
@@ -73,6 +73,7 @@ def trace(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
         owned = share_weights(model)
         signature = signature_of(owned)
         if signature is None:
+            _refuse_gradient_hooks(model)
             signature, inputs = Signature.of(owned, example_inputs)
             renamed = free_names(owned)
             return _capture(_Example(owned, signature, inputs, renamed, Skeleton.of(owned)))
@@ -85,6 +86,13 @@ def trace(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
         except Exception as error:
             raise _refusal_of_inputs(model, inputs, error) from error
     return gm
+
+
+def _refuse_gradient_hooks(model: nn.Module) -> None:
+    """Raise if hooks wait for the gradients of a model's parameters: a graph has parameters of its own."""
+    for name, parameter in model.named_parameters():
+        if torch_internals.has_gradient_hooks(parameter):
+            raise TraceError(f"{name}: has a hook on its gradient, and the graph has parameters of its own; register it on those.")
 
 
 def _knows_shapes(gm: fx.GraphModule) -> bool:
@@ -109,7 +117,8 @@ def share_weights(model: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {id(b): b for b in model.buffers()}
     memo |= {id(t): t.detach() for t in torch_internals.normalized_weights(model)}
     for parameter in model.parameters():
-        memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+        own = memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+        vars(own).update(vars(parameter))
     try:
         return copy.deepcopy(model, memo)
     except RuntimeError as error:
@@ -149,6 +158,9 @@ def _capture(example: _Example) -> TracedModule:
             propagate(gm)
         except TraceError as refusal:
             refusals.append(refusal)
+        except Exception as error:  # a forward is anybody's code
+            refusals.append(TraceError(f"{place_of_error(example.model, '', error)}: {type(error).__name__}: {first_line(error)}"))
+            refusals[-1].__cause__ = error
         else:
             return gm
     by_fx, by_dynamo = (str(refusal).rstrip(".") for refusal in refusals)
@@ -276,7 +288,8 @@ def _behaviours_of_model(example: _Example) -> dict[bool, Behaviour]:
         try:
             with mode, _without_fast_path(model):
                 run = _model_run(fakes.train(training), example.signature, inputs)
-                found[training] = foreign_random_numbers.refuse(fakes, functools.partial(fidelity.behaviour_of, fakes, inputs, run))
+                observed = functools.partial(fidelity.behaviour_of, fakes, inputs, run)
+                found[training] = lasting_state.refuse(fakes, functools.partial(foreign_random_numbers.refuse, fakes, observed))
         except torch_internals.READS_VALUE as error:
             raise _refusal_of_reading(example, error) from error
         except TraceError:
@@ -319,8 +332,9 @@ def _place_of_call(example: _Example, training: bool, index: int) -> str | None:
     mode = fake_mode()
     fakes = _faked(example.model, mode).train(training)
     inputs = [fake_tensor(t, mode) for t in example.inputs]
-    with mode, _without_fast_path(example.model):
+    with mode, _without_fast_path(example.model), suppress(Exception):  # what runs once need not run twice
         return fidelity.place_of_call(fakes, inputs, _model_run(fakes, example.signature, inputs), index)
+    return None
 
 
 class _PassThrough(TorchFunctionMode):

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from s2a_fx.errors import TraceError
 from s2a_fx.graph import torch_internals
 from s2a_fx.graph.model_code import line_of_frame
 from s2a_fx.graph.spellings import ASSIGNED_NAMES
@@ -72,11 +73,13 @@ class Behaviour:
 def behaviour_of(module: nn.Module, inputs: Sequence[torch.Tensor], run: Callable[[], tuple[Sequence[Any], Any]]) -> Behaviour:
     """What `run` does, which calls the fake `module` on the fake `inputs` and returns the leaves and structure of the result."""
     recorder = _Recorder(module, inputs)
-    before = {name: (buffer, torch_internals.version_of(buffer)) for name, buffer in module.named_buffers()}
+    before = _marks(module)
+    alive = [(t, t.untyped_storage()) for t in (*module.parameters(), *module.buffers())]  # what dies gives its marks to another
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(recorder.pack, recorder.unpack), recorder:
         leaves, structure = run()
     recorder.note_reads(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
-    written = frozenset(name for name, b in module.named_buffers() if _is_written(b, *before.get(name, (None, 0))))
+    written = frozenset(name for name, mark in _marks(module).items() if mark != before.get(name))
+    alive.clear()
     result = tuple((*_shape(v), v.requires_grad) if isinstance(v, torch.Tensor) else v for v in leaves)
     return Behaviour(tuple(recorder.calls), recorder.dead_calls(), recorder.kept(), written, (structure, *result))
 
@@ -102,9 +105,10 @@ def difference(model: Behaviour, graph: Behaviour) -> tuple[str, int | None] | N
     return None
 
 
-def _is_written(buffer: torch.Tensor, before: torch.Tensor | None, version: int) -> bool:
-    """Whether a buffer was written to in place, or is another tensor than before."""
-    return buffer is not before or torch_internals.version_of(buffer) != version
+def _marks(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """What changes of each buffer and parameter that is written to, is replaced by another tensor, or gets other `data`."""
+    buffers = {name: (id(b), storage_key(b), torch_internals.version_of(b)) for name, b in module.named_buffers()}
+    return {**buffers, **{name: (id(p), storage_key(p)) for name, p in module.named_parameters()}}  # calls that write are compared
 
 
 def _listed(names: frozenset[str]) -> str:
@@ -183,8 +187,10 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         if func is torch_internals.ASKS_DEVICE:
             return args[0].device
-        result = func(*args, **kwargs) if kwargs else func(*args)
         operator = _operator_of(func)
+        if operator.writes:
+            _refuse_lasting_writes(func, args)
+        result = func(*args, **kwargs) if kwargs else func(*args)
         acts = operator.draws or operator.writes
         number = len(self.calls)
         reads = _tensors_in((*args, *kwargs.values()) if kwargs else args)
@@ -222,6 +228,17 @@ def _tensors_in(values: Iterable[Any]) -> list[torch.Tensor]:
         elif isinstance(value, list | tuple):
             found += _tensors_in(value)
     return found
+
+
+def _refuse_lasting_writes(func: Any, args: tuple[Any, ...]) -> None:
+    """Raise if an operator writes to a tensor that is older than the run, and neither parameter nor buffer: those are fake."""
+    parameters = torch_internals.schema_of(func).parameters
+    written = _tensors_in(value for parameter, value in zip(parameters, args, strict=False) if parameter.is_written)
+    if not all(isinstance(tensor, torch_internals.FakeTensor) for tensor in written):
+        raise TraceError(
+            f"{line_of_frame(sys._getframe(2))}: writes to a tensor that outlives the call and is no buffer; a graph has no place "
+            "for it: register it as a buffer of the module."
+        )
 
 
 def _constants_in(values: Iterable[Any]) -> Iterator[Any]:

@@ -1,4 +1,4 @@
-"""Random numbers of Python and NumPy: a graph has no node for them, and a model that draws them is refused.
+"""Random numbers of Python and NumPy, and seeds: a graph has no node for them, and a model that draws or seeds is refused.
 
 `random` and `numpy.random` draw from two generators of the process. A generator of the model's own, such as
 `numpy.random.default_rng()`, is not seen.
@@ -6,6 +6,7 @@
 
 import contextlib
 import functools
+import itertools
 import random
 import sys
 import threading
@@ -15,6 +16,7 @@ from types import FrameType
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from torch import nn
 
 from s2a_fx.errors import TraceError
@@ -27,11 +29,13 @@ def refuse(model: nn.Module, run: Callable[[], T]) -> T:
     """What `run` returns, which calls `model`.
 
     Raises:
-        TraceError: the model drew with Python's or NumPy's random numbers; names the line. The generators are as before.
+        TraceError: the model drew with Python's or NumPy's random numbers, or set the state of torch's; names the line. The
+            generators are as before.
     """
     before = _states()
     try:
-        result = run()
+        with _refuse_seeds():
+            result = run()
         if _states() != before and (place := _place_of_draw(model, run)) is not None:
             raise TraceError(f"{place}: draws with Python's or NumPy's random; draw with torch.rand(()).")
     except BaseException:
@@ -48,6 +52,29 @@ def _place_of_draw(model: nn.Module, run: Callable[[], Any]) -> str | None:
     if draws.own:
         return draws.own[0]
     return None if draws.others or _states() == before else _line_of_change(run)
+
+
+@contextlib.contextmanager
+def _refuse_seeds() -> Iterator[None]:
+    """Raise where this thread sets the state of torch's generators."""
+    thread = threading.get_ident()
+
+    def refusing(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() == thread:
+                place = line_of_frame(sys._getframe(1), "contextlib") or "the model itself"
+                raise TraceError(f"{place}: sets the state of torch's generator; draw with a torch.Generator of the model's own.")
+            return function(*args, **kwargs)
+
+        return call
+
+    with contextlib.ExitStack() as restored:
+        for module, name in itertools.product((torch, torch.random), ("manual_seed", "seed", "set_rng_state")):
+            function = getattr(module, name)
+            restored.callback(setattr, module, name, function)
+            setattr(module, name, refusing(function))
+        yield
 
 
 def _states() -> tuple[Any, ...]:

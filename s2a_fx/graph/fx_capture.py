@@ -22,7 +22,7 @@ import functools
 import math
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from types import CodeType, FrameType
 from typing import Any
@@ -47,6 +47,8 @@ from s2a_fx.graph.torch_internals import (
     autocast_options,
     checkpoint_options,
     has_backward_hooks,
+    is_mutable,
+    storage_key,
     tree_any,
     tree_flatten,
     tree_unflatten,
@@ -126,12 +128,13 @@ class ModelTracer(BufferTracer):
         self.submodule_paths = {module: path for path, module in model.named_modules()}
         self.tensor_attrs = dict(plain_tensors(model))
         self.tensor_paths = {id(t): path for path, t in [*model.named_parameters(), *model.named_buffers()]}
+        self.storages = {storage_key(t) for t in (*model.parameters(), *model.buffers())}
         self.graph = fx.Graph(tracer_cls=type(self))
         self.outermost = sys._getframe()
         leaves = [self.create_proxy("placeholder", name, (), {}) for name in signature.names]
         args, kwargs = signature.arguments(leaves)
         try:
-            with torch.inference_mode(False), torch.enable_grad(), without_autocast(), self._patches(model), _SeeDraws(self):
+            with torch.inference_mode(False), torch.enable_grad(), without_autocast(), self._patches(model), _SeeActs(self):
                 result = self._run(model, args, kwargs)
             results, spec = Structure.of(result)
             self.create_node("output", "output", (self.create_arg(tuple(results)),), {})
@@ -412,19 +415,27 @@ class _WeightProxy(_Proxy):
         return len(self.tensor)
 
 
-class _Draw(BaseException):
-    """Raised in the place of an operator that draws random numbers."""
+class _Acts(BaseException):
+    """Raised in the place of an operator that must be a node."""
 
 
-class _RefuseDraws(TorchDispatchMode):
+class _RefuseActs(TorchDispatchMode):
+    """Refuses what must be a node: draws, and writes to tensors of the model, whose storages these are."""
+
+    def __init__(self, storages: Collection[int]) -> None:
+        super().__init__()
+        self.storages = storages
+
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         if torch.Tag.nondeterministic_seeded in func.tags:
-            raise _Draw
+            raise _Acts
+        if is_mutable(func) and any(isinstance(a, torch.Tensor) and storage_key(a) in self.storages for a in args):
+            raise _Acts
         return func(*args, **(kwargs or {}))
 
 
-class _SeeDraws(TorchFunctionMode):
-    """Makes nodes of the calls of torch that draw random numbers without a proxy (1)."""
+class _SeeActs(TorchFunctionMode):
+    """Makes nodes of the calls of torch that draw random numbers, or write to the model, without a proxy (1)."""
 
     def __init__(self, tracer: ModelTracer) -> None:
         super().__init__()
@@ -437,9 +448,9 @@ class _SeeDraws(TorchFunctionMode):
         if _holds_proxy((args, kwargs)):
             return func(*args, **kwargs)
         try:
-            with _RefuseDraws():
+            with _RefuseActs(self.tracer.storages):
                 return func(*args, **kwargs)
-        except _Draw:
+        except _Acts:
             if is_tensor_method_or_property(func):
                 return self.tracer.create_proxy("call_method", func.__name__, args, kwargs)
             return self.tracer.create_proxy("call_function", func, args, kwargs)

@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from s2a_fx.errors import InputError
 from s2a_fx.graph import torch_internals
@@ -23,6 +24,8 @@ def accept_model(model: nn.Module) -> nn.Module:
                 f"{name}: is compiled TorchScript, which has no Python code to trace and no layers to replace. Pass the model that "
                 "was given to torch.jit.script or torch.jit.trace; its weights load with load_state_dict."
             )
+        if any(isinstance(value, UninitializedParameter) for value in module.parameters(recurse=False)):
+            raise InputError(f"{name}: has no weights yet. Call the model once, so that its lazy layers know their sizes.")
         if any(isinstance(value, torch.ScriptObject) for value in vars(module).values()):
             raise InputError(
                 f"{name}: holds quantized weights, which no gradient passes. Pass the model as it was before it was quantized."

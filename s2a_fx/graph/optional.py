@@ -13,30 +13,9 @@ from torch import fx, nn
 
 from s2a_fx.graph.edit import add_module, extract_region, free_path
 from s2a_fx.graph.flow import has_effects
-from s2a_fx.graph.regions import SCOPES, ModeRegion, Region, scopes_of
+from s2a_fx.graph.regions import SCOPES, ModeRegion, WhenGiven, scopes_of
 from s2a_fx.graph.scopes import close_scopes, common_scopes
-from s2a_fx.graph.torch_internals import keep_call
 from s2a_fx.graph.training_switch import TrainingSwitch
-
-
-class WhenGiven(Region):
-    """What is computed where optional arguments are given; where one is None, as many None as that returns.
-
-    Args:
-        body: the nodes; its first operands are the arguments.
-        arguments, results: how many there are.
-        writes: whether the body writes to a buffer or an operand.
-    """
-
-    def __init__(self, body: fx.GraphModule, arguments: int, results: int, writes: bool) -> None:
-        super().__init__(body=body)
-        self.arguments, self.results = arguments, results
-        keep_call(self, writes)
-
-    def forward(self, *operands: Any) -> Any:
-        if any(argument is None for argument in operands[: self.arguments]):
-            return (None,) * self.results
-        return self.body(*operands)
 
 
 @dataclass(frozen=True)

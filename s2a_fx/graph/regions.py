@@ -175,5 +175,28 @@ class ModeRegion(Region):
         return self.body(*operands) if self.training else self.eval_body(*operands)
 
 
+class WhenGiven(Region):
+    """What is computed where optional arguments are given; where one is None, as many None as that returns.
+
+    Args:
+        body: the nodes; its first operands are the arguments.
+        arguments, results: how many there are.
+        writes: whether the body writes to a buffer or an operand.
+    """
+
+    def __init__(self, body: fx.GraphModule, arguments: int, results: int, writes: bool) -> None:
+        super().__init__(body=body)
+        self.arguments, self.results = arguments, results
+        keep_call(self, writes)
+
+    def forward(self, *operands: Any) -> Any:
+        if any(argument is None for argument in operands[: self.arguments]):
+            return (None,) * self.results
+        return self.body(*operands)
+
+
 REGIONS: dict[Kind, type[ScopeRegion]] = {"grad_mode": GradMode, "autocast": Autocast, "checkpoint": Checkpoint}
 """Kind of a scope -> the module that runs its nodes."""
+
+MODEL_REGIONS = (ScopeRegion, ModeRegion, WhenGiven)
+"""Regions that are the model's own; passes make others."""

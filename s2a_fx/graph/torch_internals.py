@@ -122,6 +122,11 @@ def without_compiler(model: Any) -> Any:
     return model
 
 
+def has_gradient_hooks(tensor: torch.Tensor) -> bool:
+    """Whether anything is to happen with the gradient of a tensor."""
+    return bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)
+
+
 def keep_call(module: nn.Module, kept: bool = True) -> None:
     """Say whether a module does more than compute a value: torch.fx then keeps its call though nobody reads the value."""
     module._is_impure = kept  # type: ignore[assignment]

@@ -31,11 +31,12 @@ from s2a_fx.graph.call_code import CallCode, Result
 from s2a_fx.graph.dynamo_capture import capture_by_dynamo
 from s2a_fx.graph.fake import fake_copy, fake_mode, fake_modules, fake_tensor, traced_inputs
 from s2a_fx.graph.fidelity import Behaviour
+from s2a_fx.graph.fixed_batch import fix_batch
 from s2a_fx.graph.flow import eliminate_dead_code
 from s2a_fx.graph.fx_capture import THROUGH, Captured, capture_by_fx
 from s2a_fx.graph.given_model import accept_model
 from s2a_fx.graph.inputs import Signature, Structure
-from s2a_fx.graph.metadata import signature_of, start_record
+from s2a_fx.graph.metadata import add_note, signature_of, start_record
 from s2a_fx.graph.model_attributes import Skeleton, free_names, match_state, switch_mode
 from s2a_fx.graph.model_code import first_line, place_of_error
 from s2a_fx.graph.modes import align_modes
@@ -154,6 +155,9 @@ def _capture(example: _Example) -> TracedModule:
             graph, result = _flat_graph(example, capture)
             gm = _build(example, *_with_optional(example, others, capture, graph, result))
             _check_fidelity(example, gm, result, wanted)
+            if capture is capture_by_dynamo and not _takes_other_batches(example, gm, result):
+                fix_batch(gm, len(example.inputs[0]))
+                add_note(gm, "trace", "", f"is for batches of {len(example.inputs[0])}: the model computes with their number")
             replace_assignments(gm)
             propagate(gm)
         except TraceError as refusal:
@@ -248,6 +252,35 @@ def _check_fidelity(example: _Example, gm: fx.GraphModule, result: Result, wante
             text, index = differs
             place = None if index is None else _place_of_call(example, training, index)
             raise TraceError(f"{place or 'the model itself'}: in {name} mode {text}")
+
+
+def _takes_other_batches(example: _Example, gm: fx.GraphModule, result: Result) -> bool:
+    """Whether a graph does what the model does with other batches, of those that the model itself takes.
+
+    torch.fx keeps sizes as nodes, or refuses; Dynamo takes them for numbers where the model does.
+    """
+    if not example.inputs or not example.inputs[0].ndim:
+        return True
+    size = len(example.inputs[0])
+    return all(_takes_batch(example, gm, result, other, mode) for other in (size + 1, 8 * size) for mode in _MODES)
+
+
+def _takes_batch(example: _Example, gm: fx.GraphModule, result: Result, size: int, training: bool) -> bool:
+    """Whether a graph does in one mode with batches of `size` what the model does, if that takes them."""
+    mode, traced = fake_mode(), len(example.inputs[0])
+    inputs = [fake_tensor(t, mode, size if t.ndim and len(t) == traced else None) for t in example.inputs]
+    model, graph = _faked(example.model, mode).train(training), fake_modules(gm, mode)
+    switch_mode(graph, example.skeleton, training)
+    of_graph = _graph_run(fx.Interpreter(graph, graph=gm.graph), inputs, result.train if training else result.eval)
+    with mode, _without_fast_path(example.model):
+        try:
+            wanted = fidelity.behaviour_of(model, inputs, _model_run(model, example.signature, inputs))
+        except Exception:  # of another kind for each model
+            return True
+        try:
+            return fidelity.difference(wanted, fidelity.behaviour_of(graph, inputs, of_graph)) is None
+        except Exception:  # shapes do not fit each other
+            return False
 
 
 def _is_alike(gm: fx.GraphModule, wanted: Mapping[bool, Behaviour]) -> bool:

@@ -30,12 +30,12 @@ def cpu_scratch(func: Any, args: tuple[Any, ...], result: Any) -> int:
         x, weight = args[:2]
         if args[6]:  # transposed: what a backward does for the gradient of its input
             return _backward(x, result, weight, strided=max(args[3]) > 1, groups=args[8], mask=(True, False, False))
-        if _is_product(x, weight, args[3]):
+        if _is_product(x, weight, args[3], args[4]):
             return 0
         return _forward(x, weight, result, groups=args[8])
     if func is aten.convolution_backward.default:
         grad, x, weight = args[:3]
-        if _is_product(x, weight, args[4]) and not args[7]:
+        if _is_product(x, weight, args[4], args[5]) and not args[7]:
             return 0
         return _backward(grad, x, weight, strided=max(args[4]) > 1, groups=args[9], mask=args[10])
     if func is aten.native_batch_norm_backward.default:
@@ -44,9 +44,10 @@ def cpu_scratch(func: Any, args: tuple[Any, ...], result: Any) -> int:
     return 0
 
 
-def _is_product(x: torch.Tensor, weight: torch.Tensor, stride: Sequence[int]) -> bool:
-    whole = weight.shape[1] == x.shape[1] and weight[0, 0].numel() == 1 and max(stride) == 1
-    return whole and len(x) < 16 and torch.get_num_threads() == 1  # (6)
+def _is_product(x: torch.Tensor, weight: torch.Tensor, stride: Sequence[int], padding: Sequence[int]) -> bool:
+    if torch.get_num_threads() > 1 or len(x) >= 16:
+        return False
+    return weight.shape[1] == x.shape[1] and max(weight.shape[2:]) == 1 and max(stride) == 1 and not any(padding)  # (6)
 
 
 def _forward(x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor, groups: int) -> int:
@@ -54,7 +55,7 @@ def _forward(x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor, groups: int
         return 0
     w = _bytes(weight)
     if _channels_last(x, weight):
-        padded = -len(weight) % 24 * (w // len(weight)) if weight[0, 0].numel() == groups == 1 and _vector_block() == 8 else 0
+        padded = -len(weight) % 24 * (w // len(weight)) if max(weight.shape[2:]) == groups == 1 and _vector_block() == 8 else 0
         return w * _weight_copies(weight, groups) + padded  # (2)
     return max(_blocked(x) + w, _bytes(y))  # (1)
 

@@ -23,8 +23,8 @@ import torch
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
-from s2a_fx.errors import InputError, TraceError
-from s2a_fx.graph import fidelity, foreign_random_numbers, lasting_state, torch_internals
+from s2a_fx.errors import InputError, S2AError, TraceError
+from s2a_fx.graph import fidelity, torch_internals
 from s2a_fx.graph.assignments import replace_assignments
 from s2a_fx.graph.caches import without_caches
 from s2a_fx.graph.call_code import CallCode, Result
@@ -33,9 +33,11 @@ from s2a_fx.graph.fake import fake_copy, fake_mode, fake_modules, fake_tensor, t
 from s2a_fx.graph.fidelity import Behaviour
 from s2a_fx.graph.fixed_batch import fix_batch
 from s2a_fx.graph.flow import eliminate_dead_code
+from s2a_fx.graph.foreign_random_numbers import run_refusing_draws
 from s2a_fx.graph.fx_capture import THROUGH, Captured, capture_by_fx
 from s2a_fx.graph.given_model import accept_model
 from s2a_fx.graph.inputs import Signature, Structure
+from s2a_fx.graph.lasting_state import run_refusing_lasting_state, state_restored
 from s2a_fx.graph.metadata import add_note, signature_of, start_record
 from s2a_fx.graph.model_attributes import Skeleton, free_names, match_state, switch_mode
 from s2a_fx.graph.model_code import first_line, place_of_error
@@ -119,7 +121,7 @@ def share_weights(model: nn.Module) -> nn.Module:
     memo |= {id(t): t.detach() for t in torch_internals.normalized_weights(model)}
     for parameter in model.parameters():
         own = memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
-        vars(own).update(vars(parameter))
+        vars(own).update((name, value) for name, value in vars(parameter).items() if isinstance(value, int | float | str))
     try:
         return copy.deepcopy(model, memo)
     except RuntimeError as error:
@@ -162,6 +164,8 @@ def _capture(example: _Example) -> TracedModule:
             propagate(gm)
         except TraceError as refusal:
             refusals.append(refusal)
+        except S2AError:
+            raise
         except Exception as error:  # a forward is anybody's code
             refusals.append(TraceError(f"{place_of_error(example.model, '', error)}: {type(error).__name__}: {first_line(error)}"))
             refusals[-1].__cause__ = error
@@ -319,10 +323,10 @@ def _behaviours_of_model(example: _Example) -> dict[bool, Behaviour]:
     for training in _MODES:
         inputs = [fake_tensor(t, mode) for t in example.inputs]
         try:
-            with mode, _without_fast_path(model):
+            with mode, _without_fast_path(model), state_restored(fakes):
                 run = _model_run(fakes.train(training), example.signature, inputs)
                 observed = functools.partial(fidelity.behaviour_of, fakes, inputs, run)
-                found[training] = lasting_state.refuse(fakes, functools.partial(foreign_random_numbers.refuse, fakes, observed))
+                found[training] = run_refusing_lasting_state(fakes, functools.partial(run_refusing_draws, fakes, observed))
         except torch_internals.READS_VALUE as error:
             raise _refusal_of_reading(example, error) from error
         except TraceError:

@@ -2,8 +2,8 @@
 
 Both run on equal fake inputs. The graph is faithful if both
 
-1. make the same ATen calls, on tensors of the same shapes and dtypes and on the same constants, under the same grad mode and
-   autocast;
+1. make the same ATen calls, on tensors of the same shapes and dtypes and on the same numbers, under the same grad mode and
+   autocast; the values of constant tensors are not compared;
 2. let autograd keep the same storages;
 3. write to the same buffers;
 4. return the same structure of the same tensors.
@@ -77,6 +77,8 @@ def behaviour_of(module: nn.Module, inputs: Sequence[torch.Tensor], run: Callabl
     alive = [(t, t.untyped_storage()) for t in (*module.parameters(), *module.buffers())]  # what dies gives its marks to another
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(recorder.pack, recorder.unpack), recorder:
         leaves, structure = run()
+    if recorder.refusal is not None:
+        raise recorder.refusal
     recorder.note_reads(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
     written = frozenset(name for name, mark in _marks(module).items() if mark != before.get(name))
     alive.clear()
@@ -154,6 +156,7 @@ class _Recorder(TorchDispatchMode):
         self.dependent = {*self.own, *map(storage_key, inputs)}  # storages whose values are no constants
         self.alive: list[Any] = []  # a storage that dies would give its key to another
         self.readers: dict[int, set[int | None]] = {}  # number of a call -> those that read it; None for what must stay
+        self.refusal: TraceError | None = None
         self.tokens: weakref.WeakSet[_Token] = weakref.WeakSet()
 
     def pack(self, tensor: torch.Tensor) -> _Token:
@@ -188,8 +191,13 @@ class _Recorder(TorchDispatchMode):
         if func is torch_internals.ASKS_DEVICE:
             return args[0].device
         operator = _operator_of(func)
-        if operator.writes:
-            _refuse_lasting_writes(func, args)
+        if operator.writes and self.refusal is None and _outlives(func, args, kwargs or {}):
+            self.refusal = TraceError(
+                f"{line_of_frame(sys._getframe(1))}: writes to a tensor that outlives the call and is no buffer; a graph has no "
+                "place for it: register it as a buffer of the module."
+            )
+        if self.refusal is not None:  # again, if the model caught it
+            raise self.refusal
         result = func(*args, **kwargs) if kwargs else func(*args)
         acts = operator.draws or operator.writes
         number = len(self.calls)
@@ -230,15 +238,12 @@ def _tensors_in(values: Iterable[Any]) -> list[torch.Tensor]:
     return found
 
 
-def _refuse_lasting_writes(func: Any, args: tuple[Any, ...]) -> None:
-    """Raise if an operator writes to a tensor that is older than the run, and neither parameter nor buffer: those are fake."""
+def _outlives(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether an operator writes to a tensor that is older than the run, and neither parameter nor buffer: those are fake."""
     parameters = torch_internals.schema_of(func).parameters
-    written = _tensors_in(value for parameter, value in zip(parameters, args, strict=False) if parameter.is_written)
-    if not all(isinstance(tensor, torch_internals.FakeTensor) for tensor in written):
-        raise TraceError(
-            f"{line_of_frame(sys._getframe(2))}: writes to a tensor that outlives the call and is no buffer; a graph has no place "
-            "for it: register it as a buffer of the module."
-        )
+    given = {**dict(zip((p.name for p in parameters), args, strict=False)), **kwargs}
+    written = _tensors_in(given.get(parameter.name) for parameter in parameters if parameter.is_written)
+    return not all(isinstance(tensor, torch_internals.FakeTensor) for tensor in written)
 
 
 def _constants_in(values: Iterable[Any]) -> Iterator[Any]:

@@ -6,11 +6,11 @@
 
 import contextlib
 import functools
-import itertools
+import pickle
 import random
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, TypeVar
@@ -23,9 +23,13 @@ from s2a_fx.errors import TraceError
 from s2a_fx.graph.model_code import line_of_frame, namespaces_of
 
 T = TypeVar("T")
+_RUNS = 3
+"""In how many runs a generator must change while nobody calls it by a known name; another thread may be in the middle of a call."""
+
+_SEEDS = (torch.manual_seed, torch.seed, torch.set_rng_state)
 
 
-def refuse(model: nn.Module, run: Callable[[], T]) -> T:
+def run_refusing_draws(model: nn.Module, run: Callable[[], T]) -> T:
     """What `run` returns, which calls `model`.
 
     Raises:
@@ -34,68 +38,90 @@ def refuse(model: nn.Module, run: Callable[[], T]) -> T:
     """
     before = _states()
     try:
-        with _refuse_seeds():
+        with _refuse_seeds(model) as seeded:
             result = run()
+        if seeded:  # again, if the model caught it
+            raise _refusal_of_seed(seeded)
         if _states() != before and (place := _place_of_draw(model, run)) is not None:
             raise TraceError(f"{place}: draws with Python's or NumPy's random; draw with torch.rand(()).")
-    except BaseException:
+    except TraceError:
         _restore(before)
         raise
     return result
 
 
-def _place_of_draw(model: nn.Module, run: Callable[[], Any]) -> str | None:
-    """The line that draws first; None if `run` draws nothing, and another thread did."""
-    before = _states()
-    with _watch(model) as draws:
-        run()
-    if draws.own:
-        return draws.own[0]
-    return None if draws.others or _states() == before else _line_of_change(run)
+def _states() -> tuple[Any, bytes]:
+    return random.getstate(), pickle.dumps(np.random.get_state(legacy=False))
+
+
+def _restore(states: tuple[Any, bytes]) -> None:
+    if _states() != states:
+        random.setstate(states[0])
+        np.random.set_state(pickle.loads(states[1]))
+
+
+def _refusal_of_seed(places: Sequence[str]) -> TraceError:
+    return TraceError(f"{places[0]}: sets the state of torch's generator; draw with a torch.Generator of the model's own.")
 
 
 @contextlib.contextmanager
-def _refuse_seeds() -> Iterator[None]:
-    """Raise where this thread sets the state of torch's generators."""
+def _refuse_seeds(model: nn.Module) -> Iterator[list[str]]:
+    """Raise where this thread sets the state of torch's generator, by a name of torch's or of the model's files."""
     thread = threading.get_ident()
+    places: list[str] = []
 
     def refusing(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
             if threading.get_ident() == thread:
-                place = line_of_frame(sys._getframe(1), "contextlib") or "the model itself"
-                raise TraceError(f"{place}: sets the state of torch's generator; draw with a torch.Generator of the model's own.")
+                places.append(line_of_frame(sys._getframe(1), "contextlib") or "the model itself")
+                raise _refusal_of_seed(places)
             return function(*args, **kwargs)
 
         return call
 
+    with _replaced((vars(torch), vars(torch.random), *namespaces_of(model)), lambda value: value in _SEEDS, refusing):
+        yield places
+
+
+@contextlib.contextmanager
+def _replaced(
+    namespaces: Collection[dict[str, Any]], wanted: Callable[[Any], bool], made: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> Iterator[None]:
+    """Replace the functions that are `wanted` wherever they are named."""
     with contextlib.ExitStack() as restored:
-        for module, name in itertools.product((torch, torch.random), ("manual_seed", "seed", "set_rng_state")):
-            function = getattr(module, name)
-            restored.callback(setattr, module, name, function)
-            setattr(module, name, refusing(function))
+        for namespace in namespaces:
+            for name, value in list(namespace.items()):
+                if callable(value) and not isinstance(value, type) and wanted(value):
+                    restored.callback(namespace.__setitem__, name, value)
+                    namespace[name] = made(value)
         yield
 
 
-def _states() -> tuple[Any, ...]:
-    numpy: Any = np.random.get_state()
-    name, keys, *rest = numpy
-    return random.getstate(), name, keys.tobytes(), *rest
+def _place_of_draw(model: nn.Module, run: Callable[[], Any]) -> str | None:
+    """The line that draws first; None if `run` draws nothing, and another thread did."""
+    for _ in range(_RUNS):
+        before = _states()
+        with _watch(model) as draws:
+            run()
+        if draws.own:
+            return draws.own[0]
+        if draws.others or _states() == before:
+            return None
+    return _line_of_change(run)
 
 
-def _restore(states: tuple[Any, ...]) -> None:
-    python, name, keys, *rest = states
-    random.setstate(python)
-    np.random.set_state((name, np.frombuffer(keys, dtype=np.uint32), *rest))
+def _line_of_change(run: Callable[[], Any]) -> str | None:
+    """The line that draws by a name that nobody knows; None where only Python's generator changes, and this thread calls it not.
 
-
-def _line_of_change(run: Callable[[], Any]) -> str:
-    """The line at which the generators first change, where they are called by a name that nobody knows."""
+    The profiler sees calls of Python's generator, but not of NumPy's, whose position tells.
+    """
     found: list[str] = []
-    before, profiler = _states(), sys.getprofile()
+    python, profiler, position = _generators()[0], sys.getprofile(), _position()
 
     def look(frame: FrameType, event: str, argument: Any) -> None:
-        if not found and _states() != before:
+        calls = event == "c_call" and getattr(argument, "__self__", None) is python
+        if not found and (calls or _position() != position):
             found.append(_line_of(frame))
 
     sys.setprofile(look)
@@ -103,7 +129,18 @@ def _line_of_change(run: Callable[[], Any]) -> str:
         run()
     finally:
         sys.setprofile(profiler)
-    return found[0] if found else "the model itself"
+    return found[0] if found else None
+
+
+def _position() -> Any:
+    """Where NumPy's generator stands among the numbers that it has made."""
+    state: Any = np.random.get_state(legacy=False)
+    return state["state"].get("pos", state["state"].get("state"))
+
+
+def _generators() -> tuple[Any, Any]:
+    """Python's generator and NumPy's, of which the functions of `random` and `numpy.random` are methods."""
+    return random.random.__self__, np.random.rand.__self__  # type: ignore[attr-defined]
 
 
 def _line_of(frame: FrameType) -> str:
@@ -128,8 +165,7 @@ class _Draws:
 @contextlib.contextmanager
 def _watch(model: nn.Module) -> Iterator[_Draws]:
     """Write down who calls a method of the two generators by its name in `random`, `numpy.random`, or a file of the model."""
-    draws = _Draws()
-    generators = [random.random.__self__, np.random.rand.__self__]  # type: ignore[attr-defined]
+    draws, generators = _Draws(), _generators()
 
     def noted(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
@@ -139,10 +175,8 @@ def _watch(model: nn.Module) -> Iterator[_Draws]:
 
         return call
 
-    with contextlib.ExitStack() as restored:
-        for namespace in (vars(random), vars(np.random), *namespaces_of(model)):
-            for name, value in list(namespace.items()):
-                if any(getattr(value, "__self__", None) is generator for generator in generators):
-                    restored.callback(namespace.__setitem__, name, value)
-                    namespace[name] = noted(value)
+    def is_drawing(value: Any) -> bool:
+        return any(getattr(value, "__self__", None) is generator for generator in generators)
+
+    with _replaced((vars(random), vars(np.random), *namespaces_of(model)), is_drawing, noted):
         yield draws

@@ -37,6 +37,7 @@ from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 from s2a_fx.errors import TraceError
 from s2a_fx.graph import hooks
 from s2a_fx.graph.inputs import Signature, Structure
+from s2a_fx.graph.lasting_state import state_restored
 from s2a_fx.graph.model_code import first_line, namespaces_of, place_of_error
 from s2a_fx.graph.regions import SCOPES, Scope
 from s2a_fx.graph.spellings import ASSIGNMENTS
@@ -134,8 +135,13 @@ class ModelTracer(BufferTracer):
         leaves = [self.create_proxy("placeholder", name, (), {}) for name in signature.names]
         args, kwargs = signature.arguments(leaves)
         try:
-            with torch.inference_mode(False), torch.enable_grad(), without_autocast(), self._patches(model), _SeeActs(self):
+            with contextlib.ExitStack() as around:
+                for context in (torch.inference_mode(False), torch.enable_grad(), without_autocast(), state_restored(model)):
+                    around.enter_context(context)
+                around.enter_context(self._patches(model))
+                around.enter_context(_SeeActs(self))
                 result = self._run(model, args, kwargs)
+            vars(model).update((path, tensor) for tensor, path in self.tensor_attrs.items() if "." not in path)
             results, spec = Structure.of(result)
             self.create_node("output", "output", (self.create_arg(tuple(results)),), {})
         except TraceError:

@@ -101,8 +101,9 @@ def _is_convolution(gm: fx.GraphModule, node: fx.Node) -> bool:
         return False
     if node.op == "call_module":
         return gm.get_submodule(str(node.target)).kernel_size == (1, 1)
-    weight = node.all_input_nodes[1]
-    return isinstance(weight.meta.get("val"), torch.Tensor) and tuple(weight.meta["val"].shape[2:]) == (1, 1)
+    call = call_of(gm, node)
+    weight = None if call is None else call.operands["weight"]
+    return isinstance(weight, fx.Node) and tuple(weight.meta["val"].shape[2:]) == (1, 1)
 
 
 def _rank(node: fx.Node) -> int:

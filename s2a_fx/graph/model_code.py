@@ -1,5 +1,6 @@
 """The code of a model: the globals of its files, and the line where something happens, which is neither torch's nor ours."""
 
+import inspect
 import os
 import traceback
 from pathlib import Path
@@ -22,7 +23,8 @@ def classes_of(model: nn.Module) -> list[type]:
 def namespaces_of(model: nn.Module) -> list[dict[str, Any]]:
     """The globals of the files in which these classes stand."""
     forwards = (vars(base).get("forward") for base in classes_of(model))
-    return list({id(f.__globals__): f.__globals__ for f in forwards if isinstance(f, FunctionType)}.values())
+    own = (inspect.unwrap(f) for f in forwards if isinstance(f, FunctionType))  # a decorator's globals are those of its file
+    return list({id(f.__globals__): f.__globals__ for f in own}.values())
 
 
 def is_torch_file(filename: str) -> bool:

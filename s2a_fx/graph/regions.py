@@ -55,8 +55,9 @@ def scopes_of(node: fx.Node) -> tuple[Scope, ...]:
 
 
 def in_one_context(*nodes: fx.Node) -> bool:
-    """Whether the same scopes are around all of several nodes."""
-    return all(scopes_of(node) == scopes_of(nodes[0]) for node in nodes)
+    """Whether equal contexts are around all of several nodes, entered once or several times."""
+    contexts = [[(scope.kind, scope.options) for scope in scopes_of(node)] for node in nodes]
+    return all(found == contexts[0] for found in contexts)
 
 
 @contextmanager

@@ -548,10 +548,6 @@ def branch(x):
     return x if x.sum() > 0 else -x
 
 
-def draw(x):
-    return x * random.random()
-
-
 def read(x):
     return x * x.sum().item()
 

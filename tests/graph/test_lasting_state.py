@@ -1,9 +1,13 @@
 """What a model changes besides its buffers, and sets for the process: refused with the line, and left as it was."""
 
+import contextlib
+from types import SimpleNamespace
+
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import manual_seed, nn
 
 import s2a_fx
 from s2a_fx.graph.calls import find_calls
@@ -76,6 +80,55 @@ def test_what_the_next_call_computes_with_is_refused_by_its_name(function, kept)
         s2a_fx.trace(Keeps(function, kept), X)
 
 
+def counts_deep_inside(self, x):
+    self.kept["n"][0] += 1
+    return self.layer(x) * self.kept["n"][0]
+
+
+def counts_in_an_object(self, x):
+    self.kept.n += 1
+    return self.layer(x) * self.kept.n
+
+
+def writes_by_out(self, x):
+    torch.add(OUTSIDE, 1, out=OUTSIDE)
+    return self.layer(x) + OUTSIDE
+
+
+def catches_its_refusal(self, x):
+    with contextlib.suppress(Exception):
+        OUTSIDE.add_(1)
+    return self.layer(x)
+
+
+@pytest.mark.parametrize(
+    ("function", "kept", "text"),
+    [
+        (counts_deep_inside, {"n": [0]}, "keeps 'kept'"),
+        (counts_in_an_object, SimpleNamespace(n=0), "keeps 'kept'"),
+        (writes_by_out, None, "writes to a tensor that outlives"),
+        (catches_its_refusal, None, "writes to a tensor that outlives"),
+    ],
+)
+def test_what_lasts_is_found_however_deep(function, kept, text):
+    with pytest.raises(s2a_fx.TraceError, match=text):
+        s2a_fx.trace(Keeps(function, kept), X)
+    assert not OUTSIDE.any()
+
+
+def fills_a_cache(self, x):
+    if "bias" not in self.kept:
+        self.kept["bias"] = self.layer.weight.sum(0) * 2
+    return self.layer(x) + self.kept["bias"].detach()
+
+
+def test_a_cache_of_what_would_be_computed_again_is_no_hindrance():
+    model = Keeps(fills_a_cache, {})
+    gm = s2a_fx.trace(model, X)
+    torch.testing.assert_close(gm(X), model(X))
+    assert s2a_fx.trace(timm.create_model("levit_128s", num_classes=3), torch.randn(2, 3, 224, 224))
+
+
 def notes_its_map(self, x):
     self.kept, self.size = self.layer(x).relu(), tuple(x.shape)
     return self.layer(self.kept)
@@ -98,13 +151,24 @@ def seeds_and_restores(self, x):
     return self.layer(x + noise)
 
 
+def seeds_by_a_name_of_its_own(self, x):
+    manual_seed(11)
+    return self.layer(x) + torch.rand(8)
+
+
+def catches_the_seed(self, x):
+    with contextlib.suppress(Exception):
+        torch.manual_seed(11)
+    return self.layer(x) + torch.rand(8)
+
+
 def restores(self, x):
     with torch.random.fork_rng(devices=[]):
         noise = torch.rand_like(x)
     return self.layer(x + noise)
 
 
-@pytest.mark.parametrize("function", [seeds, seeds_and_restores, restores])
+@pytest.mark.parametrize("function", [seeds, seeds_and_restores, restores, seeds_by_a_name_of_its_own, catches_the_seed])
 def test_a_model_that_sets_the_generator_is_refused_and_the_generator_is_as_before(function):
     model = Keeps(function)
     state, seed = torch.get_rng_state(), torch.manual_seed

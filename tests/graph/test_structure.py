@@ -371,6 +371,19 @@ def test_a_convolution_called_as_a_function_is_a_head(convolve):
     assert head_parameters(s2a_fx.trace(Convolves(), torch.randn(2, 3, 8, 8))) == {"weight", "bias"}
 
 
+def test_a_convolution_of_several_positions_is_no_head_in_whatever_order_it_is_given():
+    class Convolves(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.weight = nn.Conv2d(3, 8, 3, 1, 1), nn.Parameter(torch.randn(5, 8, 3, 3))
+
+        def forward(self, x):
+            x = F.relu(self.body(x)).mean((2, 3), keepdim=True)
+            return F.conv2d(weight=self.weight, input=x, padding=1).flatten(1)
+
+    assert not head_parameters(s2a_fx.trace(Convolves(), torch.randn(2, 3, 8, 8)))
+
+
 def test_features_have_no_head_and_their_biases_train():
     model, x = timm_model("vit_tiny_patch16_224", img_size=32, depth=1)
     model.reset_classifier(0)

@@ -14,6 +14,7 @@ torch.fx captures first; what it cannot follow, or follows unfaithfully, Dynamo 
 
 import copy
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -154,10 +155,10 @@ def _capture(example: _Example) -> TracedModule:
     for capture in (_by_fx, capture_by_dynamo):
         others = {name: example.drop(name) for name in example.signature.droppable}
         try:
-            graph, result = _flat_graph(example, capture)
+            graph, result, other_sizes = _flat_graph(example, capture)
             gm = _build(example, *_with_optional(example, others, capture, graph, result))
             _check_fidelity(example, gm, result, wanted)
-            if capture is capture_by_dynamo and not _takes_other_batches(example, gm, result):
+            if not all(_takes_batch(example, gm, result, *pair) for pair in itertools.product(other_sizes, _MODES)):
                 fix_batch(gm, len(example.inputs[0]))
                 add_note(gm, "trace", "", f"is for batches of {len(example.inputs[0])}: the model computes with their number")
             replace_assignments(gm)
@@ -182,8 +183,8 @@ def _by_fx(model: nn.Module, signature: Signature, inputs: Sequence[torch.Tensor
     return capture_by_fx(model, signature)
 
 
-def _flat_graph(example: _Example, capture: Capture) -> tuple[fx.Graph, Result]:
-    """The flat graph of both modes, and the structure of what it returns; the model stays in its mode."""
+def _flat_graph(example: _Example, capture: Capture) -> tuple[fx.Graph, Result, tuple[int, ...]]:
+    """The flat graph of both modes, the structure of what it returns, and doubtful batch sizes; the model stays in its mode."""
     model = example.model
     modes = [(module, module.training) for module in model.modules()]
     try:
@@ -191,7 +192,8 @@ def _flat_graph(example: _Example, capture: Capture) -> tuple[fx.Graph, Result]:
     finally:
         for module, training in modes:
             module.training = training
-    return align_modes(model, train.graph, evaluation.graph), Result(train.structure, evaluation.structure)
+    result = Result(train.structure, evaluation.structure)
+    return align_modes(model, train.graph, evaluation.graph), result, tuple({*train.other_sizes, *evaluation.other_sizes})
 
 
 def _with_optional(
@@ -203,7 +205,7 @@ def _with_optional(
     without = {}
     for name, other in others.items():
         try:
-            smaller, smaller_result = _flat_graph(other, capture)
+            smaller, smaller_result, _ = _flat_graph(other, capture)
         except (TraceError, InputError):
             continue  # the model itself needs the argument
         found = dependents_of(full, FlatCapture(other.model, smaller), name)
@@ -258,19 +260,11 @@ def _check_fidelity(example: _Example, gm: fx.GraphModule, result: Result, wante
             raise TraceError(f"{place or 'the model itself'}: in {name} mode {text}")
 
 
-def _takes_other_batches(example: _Example, gm: fx.GraphModule, result: Result) -> bool:
-    """Whether a graph does what the model does with other batches, of those that the model itself takes.
+def _takes_batch(example: _Example, gm: fx.GraphModule, result: Result, size: int, training: bool) -> bool:
+    """Whether a graph does in one mode with batches of `size` what the model does, if that takes them.
 
     torch.fx keeps sizes as nodes, or refuses; Dynamo takes them for numbers where the model does.
     """
-    if not example.inputs or not example.inputs[0].ndim:
-        return True
-    size = len(example.inputs[0])
-    return all(_takes_batch(example, gm, result, other, mode) for other in (size + 1, 8 * size) for mode in _MODES)
-
-
-def _takes_batch(example: _Example, gm: fx.GraphModule, result: Result, size: int, training: bool) -> bool:
-    """Whether a graph does in one mode with batches of `size` what the model does, if that takes them."""
     mode, traced = fake_mode(), len(example.inputs[0])
     inputs = [fake_tensor(t, mode, size if t.ndim and len(t) == traced else None) for t in example.inputs]
     model, graph = _faked(example.model, mode).train(training), fake_modules(gm, mode)

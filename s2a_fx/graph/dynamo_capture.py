@@ -64,7 +64,7 @@ def capture_by_dynamo(model: nn.Module, signature: Signature, inputs: Sequence[t
     larger = [_with_larger_batch(leaf, mode) for leaf in leaves]
     others = Structure.of(found.result(*signature.arguments(larger)))[0]
     graph = _Rebuilder(model, fakes, found, leaves, signature.names).build(results, others)
-    return Captured(graph, structure)
+    return Captured(graph, structure, (len(leaves[0]) + 1, *found.doubtful_sizes) if leaves and leaves[0].ndim else ())
 
 
 def _graph_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: Sequence[torch.Tensor]) -> DynamoGraph:

@@ -74,10 +74,12 @@ class Captured:
     Attributes:
         graph: has a placeholder for each tensor of the inputs, scopes as metadata, and returns a tuple.
         structure: the structure of what the model returns.
+        other_sizes: batch sizes for which the graph may do something else than the model.
     """
 
     graph: fx.Graph
     structure: Structure
+    other_sizes: tuple[int, ...] = ()
 
 
 def capture_by_fx(model: nn.Module, signature: Signature) -> Captured:

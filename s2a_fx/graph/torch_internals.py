@@ -8,6 +8,7 @@ import collections
 import contextlib
 import functools
 import inspect
+import itertools
 import linecache
 import logging
 import re
@@ -246,12 +247,14 @@ class DynamoGraph:
         arguments: parameters, buffers, inputs and sizes that the graph was captured with.
         result: what the forward returns for args and kwargs, a `Marker` for each tensor that the graph returns.
         self_name: the name of the model in its own forward.
+        doubtful_sizes: batch sizes for which the model may do something else: it branches on them.
     """
 
     graph_module: fx.GraphModule
     arguments: Sequence[Any]
     result: Callable[[Sequence[Any], dict[str, Any]], Any]
     self_name: str
+    doubtful_sizes: tuple[int, ...]
 
 
 class Marker:
@@ -289,10 +292,23 @@ def dynamo_graph(
         if found.backend_input is None:
             raise _NoGraph("it computes nothing")
         sizes: Any = found.backend_input.fake_mode.shape_env
+        doubtful = _sizes_at_bounds(sizes)
         sizes.tracked_fakes.clear()  # a cycle through C++, which is never freed
         code = _CodeAroundGraph(model, found)
         code(args, kwargs)
-        return DynamoGraph(found.backend_input.graph_module, code.arguments, code, code.self_name)
+        return DynamoGraph(found.backend_input.graph_module, code.arguments, code, code.self_name, doubtful)
+
+
+def _sizes_at_bounds(sizes: Any) -> tuple[int, ...]:
+    """For each condition on a size that a capture took for granted, a size of 2 or more that does not meet it."""
+    found = set()
+    for condition in (guard.expr for guard in sizes.guards):
+        symbols = condition.free_symbols
+        bounds = {int(number) + step for number in condition.atoms() if number.is_Integer for step in (-1, 0, 1)}
+        if len(symbols) == 1:
+            missed = (n for n in sorted(bounds) if n >= 2 and condition.subs(dict.fromkeys(symbols, n)) == False)  # noqa: E712
+            found |= set(itertools.islice(missed, 1))
+    return tuple(sorted(found))
 
 
 Frames: TypeAlias = tuple[tuple[str, str], ...]

@@ -44,7 +44,11 @@ def branches_on_many(self, x):
     return self.layer(x) * (2 if x.shape[0] > 4 else 3)
 
 
-COUNTING = [loops_over_images, unpacks_images, counts_chunks, looks_up_its_size, branches_on_many]
+def branches_on_very_many(self, x):
+    return self.layer(x) * (2 if x.shape[0] > 4 and x.shape[0] < 100 else 3)
+
+
+COUNTING = [branches_on_very_many, loops_over_images, unpacks_images, counts_chunks, looks_up_its_size, branches_on_many]
 
 
 @pytest.mark.parametrize("function", COUNTING)
@@ -61,6 +65,20 @@ def test_another_batch_is_refused_where_the_model_counts(function, copied):
     with pytest.raises(s2a_fx.InputError, match="for batches of 3"):
         s2a_fx.analyze(gm, LARGER)
     assert torch.equal(s2a_fx.trace(model, LARGER)(LARGER), model(LARGER))
+
+
+@pytest.mark.parametrize("condition", [lambda n: n < 3, lambda n: n > 100, lambda n: n == 2, lambda n: n % 2 == 0])
+def test_a_branch_on_other_batches_is_found(condition):
+    model = Model(lambda self, x: self.layer(x) * (2 if condition(x.shape[0]) else 3))
+    gm = s2a_fx.trace(model, X)
+    for count in (2, 3, 4, 101):
+        x = torch.randn(count, 8)
+        try:
+            found = gm(x)
+        except s2a_fx.ShapeError:
+            assert count != 3
+        else:
+            assert torch.equal(found, model(x))
 
 
 def takes_the_first_few(self, x):

@@ -152,7 +152,8 @@ def _capture(example: _Example) -> TracedModule:
     """A faithful graph: by torch.fx, or else by Dynamo."""
     wanted = _behaviours_of_model(example)
     refusals: list[TraceError] = []
-    for capture in (_by_fx, capture_by_dynamo):
+    single = example.inputs and example.inputs[0].ndim and len(example.inputs[0]) == 1
+    for capture in (_by_fx, _by_dynamo_of_two, capture_by_dynamo) if single else (_by_fx, capture_by_dynamo):
         others = {name: example.drop(name) for name in example.signature.droppable}
         try:
             graph, result, other_sizes = _flat_graph(example, capture)
@@ -172,7 +173,7 @@ def _capture(example: _Example) -> TracedModule:
             refusals[-1].__cause__ = error
         else:
             return gm
-    by_fx, by_dynamo = (str(refusal).rstrip(".") for refusal in refusals)
+    by_fx, by_dynamo = (str(refusal).rstrip(".") for refusal in (refusals[0], refusals[-1]))
     raise TraceError(
         f"{by_fx}; and Dynamo: {by_dynamo}. Rewrite that line without control flow on tensors, or mark its module with "
         "timm.layers.register_notrace_module so that it stays one opaque node."
@@ -181,6 +182,12 @@ def _capture(example: _Example) -> TracedModule:
 
 def _by_fx(model: nn.Module, signature: Signature, inputs: Sequence[torch.Tensor]) -> Captured:
     return capture_by_fx(model, signature)
+
+
+def _by_dynamo_of_two(model: nn.Module, signature: Signature, inputs: Sequence[torch.Tensor]) -> Captured:
+    """Dynamo makes a number of a single image, and a size of two."""
+    mode = fake_mode()
+    return capture_by_dynamo(model, signature, [fake_tensor(t, mode, 2 if t.ndim and len(t) == 1 else None) for t in inputs])
 
 
 def _flat_graph(example: _Example, capture: Capture) -> tuple[fx.Graph, Result, tuple[int, ...]]:

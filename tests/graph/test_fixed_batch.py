@@ -95,3 +95,19 @@ def test_a_model_that_only_reads_sizes_takes_any_batch(function):
     gm = s2a_fx.trace(model, X)
     for x in (X, LARGER, X[:2]):
         assert torch.equal(gm(x), model(x))
+
+
+@pytest.mark.parametrize("function", [takes_the_first_few, branches_on_its_width])
+def test_one_image_stands_for_any_number(function):
+    model = Model(function)
+    gm = s2a_fx.trace(model, X[:1])
+    for x in (X[:1], X, LARGER):
+        assert torch.equal(gm(x), model(x))
+
+
+def test_a_model_of_one_image_is_for_one():
+    model = Model(lambda self, x: self.layer(x.squeeze(0)) if x.shape[0] == 1 else self.layer(x) * 2)
+    gm = s2a_fx.trace(model, X[:1])
+    assert torch.equal(gm(X[:1]), model(X[:1]))
+    with pytest.raises(s2a_fx.ShapeError, match="for batches of 1"):
+        gm(X)

@@ -360,7 +360,11 @@ def _catches(self):
 @pytest.mark.parametrize("count", [_augmented, _augmented_in_an_alias, _in_place, _catches])
 def test_a_buffer_that_is_counted_up(count):
     model = Counts(count)
-    gm = copy.deepcopy(s2a_fx.transform(model, (X,), "full"))
+    try:
+        gm = copy.deepcopy(s2a_fx.transform(model, (X,), "full"))
+    except s2a_fx.TraceError as refusal:
+        assert count is _catches and "test_faithful.py: Dynamo cannot follow it" in str(refusal)  # torch 2.11 does not
+        return
     for training in (True, True, False):
         assert_same(step(gm, X, training), step(model, X, training))
         assert gm.steps == model.steps

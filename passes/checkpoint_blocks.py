@@ -18,8 +18,8 @@ from s2a_fx.graph import torch_internals
 from s2a_fx.graph.edit import free_path, insert_call, snake_case
 from s2a_fx.graph.flow import has_effects, trained_nodes
 from s2a_fx.graph.metadata import add_note
-from s2a_fx.graph.regions import SCOPES, Region, modules_within, scopes_of
-from s2a_fx.graph.scopes import common_scopes
+from s2a_fx.graph.regions import SCOPES, Region, modules_within
+from s2a_fx.graph.scopes import scopes_around
 from s2a_fx.graph.structure import Block, residual_blocks
 from s2a_fx.nn.checkpointed import Checkpointed
 from s2a_fx.nn.ghost import extract_bodies
@@ -79,7 +79,7 @@ def _replace(gm: fx.GraphModule, block: Block) -> None:
     with gm.graph.inserting_before(block.output):
         call = insert_call(gm, free_path(gm, block.path, snake_case(Checkpointed)), module, operands, like=block.output)
     call.meta["val"] = block.output.meta["val"]
-    call.meta[SCOPES] = common_scopes([scopes_of(node) for node in nodes])
+    call.meta[SCOPES] = scopes_around(nodes)
     block.output.replace_all_uses_with(call)
     for node in reversed(nodes):
         gm.graph.erase_node(node)

@@ -363,7 +363,8 @@ def test_a_buffer_that_is_counted_up(count):
     try:
         gm = copy.deepcopy(s2a_fx.transform(model, (X,), "full"))
     except s2a_fx.TraceError as refusal:
-        assert count is _catches and "test_faithful.py: Dynamo cannot follow it" in str(refusal)  # torch 2.11 does not
+        assert count is _catches and "test_faithful.py: Dynamo cannot follow it" in str(refusal)
+        assert torch.__version__ < (2, 12)  # whose Dynamo follows no error that is caught
         return
     for training in (True, True, False):
         assert_same(step(gm, X, training), step(model, X, training))

@@ -11,8 +11,8 @@ from s2a_fx.graph.calls import is_in_place, operator_of, writes
 from s2a_fx.graph.edit import free_path, insert_call, snake_case
 from s2a_fx.graph.flow import dependent_nodes
 from s2a_fx.graph.provenance import module_stack, owner_path
-from s2a_fx.graph.regions import SCOPES, modules_within, scopes_of
-from s2a_fx.graph.scopes import common_scopes
+from s2a_fx.graph.regions import SCOPES, modules_within
+from s2a_fx.graph.scopes import scopes_around
 from s2a_fx.nn.coded_input import WHOLE, CodedInput, Parts
 from s2a_fx.nn.ghost import can_be_ghost, extract_bodies
 from s2a_fx.nn.lite_side_branch import LiteSideBlock
@@ -57,7 +57,7 @@ def replace_by_coded_input(
         path = free_path(gm, owner_path(nodes[-1]), snake_case(CodedInput))
         call = insert_call(gm, path, module, operands, like=nodes[-1])
     call.meta["val"] = nodes[-1].meta["val"]
-    call.meta[SCOPES] = common_scopes([scopes_of(node) for node in nodes])
+    call.meta[SCOPES] = scopes_around(nodes)
     nodes[-1].replace_all_uses_with(call)
     for node in reversed(nodes):
         gm.graph.erase_node(node)

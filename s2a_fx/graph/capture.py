@@ -5,7 +5,8 @@ The graph
 1. shares the storages of the model's weights but owns its modules and `nn.Parameter`s, so that freezing, adding and replacing
    in the graph never shows in the model it came from;
 2. switches with `.train()` and `.eval()` as the model does: it is captured in both modes, which are aligned;
-3. keeps the batch symbolic: sizes that the model reads from its input stay nodes;
+3. keeps the batch symbolic: sizes that the model reads from its input stay nodes; of a model that counts its images, it is for one
+   batch size, and raises `ShapeError` for others (see `fixed_batch.py`);
 4. carries `node.meta["val"]` (fake tensors) and `node.meta["nn_module_stack"]` (provenance) on every node;
 5. is faithful: on fake inputs, in both modes, it makes the same ATen calls as the model (see `fidelity.py`).
 
@@ -70,7 +71,8 @@ def trace(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
 
     Raises:
         InputError: the inputs do not fit the model.
-        TraceError: neither torch.fx nor Dynamo can follow the model faithfully; names the module and the line.
+        TraceError: neither torch.fx nor Dynamo can follow the model faithfully, or it does what no graph can: draws with Python's
+            random, keeps state outside of its buffers, waits for gradients with hooks; names the module and the line.
     """
     model = accept_model(model)
     with torch_internals.neutral_state(), torch_internals.without_autocast(), without_caches(model):

@@ -211,13 +211,13 @@ class _InPlace(nn.Module):
         return getattr(args[0], self.target)(*args[1:], **kwargs) if isinstance(self.target, str) else self.target(*args, **kwargs)
 
 
-def _raise_linear(gm: fx.GraphModule, call: Call) -> None:
+def _make_linear(gm: fx.GraphModule, call: Call) -> None:
     if home := _home(call, "weight", "bias"):
         made, taken = attribute(gm, f"{home}.weight").shape
         _call_layer(gm, call, home, nn.Linear(taken, made, "bias" in call.operands, device="meta"))
 
 
-def _raise_convolution(gm: fx.GraphModule, call: Call) -> None:
+def _make_convolution(gm: fx.GraphModule, call: Call) -> None:
     if home := _home(call, "weight", "bias"):
         made, taken, *kernel = attribute(gm, f"{home}.weight").shape
         stride, padding, dilation, groups = (call.options[name] for name in ("stride", "padding", "dilation", "groups"))
@@ -225,7 +225,7 @@ def _raise_convolution(gm: fx.GraphModule, call: Call) -> None:
         _call_layer(gm, call, home, _CONVOLUTIONS[call.operator](taken * groups, made, kernel, *options, device="meta"))
 
 
-def _raise_batch_norm(gm: fx.GraphModule, call: Call) -> None:
+def _make_batch_norm(gm: fx.GraphModule, call: Call) -> None:
     home = _home(call, "running_mean", "running_var", "weight", "bias")
     dimensions, momentum, training = value_of(call.node).ndim, call.options["momentum"], call.options["training"]
     if not home or "running_mean" not in call.operands or not isinstance(momentum, float) or dimensions not in _BATCH_NORMS:
@@ -239,7 +239,7 @@ def _raise_batch_norm(gm: fx.GraphModule, call: Call) -> None:
         gm.graph.erase_node(counts[-1])
 
 
-def _raise_dropout(gm: fx.GraphModule, call: Call) -> None:
+def _make_dropout(gm: fx.GraphModule, call: Call) -> None:
     if not call.draws:
         call.node.replace_all_uses_with(call.input)
         gm.graph.erase_node(call.node)
@@ -248,10 +248,10 @@ def _raise_dropout(gm: fx.GraphModule, call: Call) -> None:
 
 
 _AS_MODULE: dict[Any, Any] = {
-    F.linear: _raise_linear,
-    F.batch_norm: _raise_batch_norm,
-    F.dropout: _raise_dropout,
-    **dict.fromkeys(_CONVOLUTIONS, _raise_convolution),
+    F.linear: _make_linear,
+    F.batch_norm: _make_batch_norm,
+    F.dropout: _make_dropout,
+    **dict.fromkeys(_CONVOLUTIONS, _make_convolution),
 }
 """Operator -> how a call of it becomes a call of a module."""
 

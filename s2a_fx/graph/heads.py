@@ -86,13 +86,13 @@ def _is_head(gm: fx.GraphModule, node: fx.Node, dependent: set[fx.Node]) -> bool
         return False
     if node.op == "call_module":
         return isinstance(gm.get_submodule(str(node.target)), nn.Linear) or _is_convolution(gm, node)
-    if _is_convolution(gm, node):
-        return True
     call = call_of(gm, node)
-    if call is None or call.operator not in _PRODUCTS or len(call.nodes) < 2:
+    if call is None or len(call.nodes) < 2:
         return False
     x, weight = call.nodes[:2]
-    return x in dependent and weight not in dependent and _rank(node) == _rank(weight) == 2
+    if x not in dependent or weight in dependent:
+        return False
+    return _is_convolution(gm, node) or (call.operator in _PRODUCTS and _rank(node) == _rank(weight) == 2)
 
 
 def _is_convolution(gm: fx.GraphModule, node: fx.Node) -> bool:

@@ -14,7 +14,7 @@ from torch import fx, nn
 from s2a_fx.graph.edit import add_module, extract_region, free_path
 from s2a_fx.graph.flow import has_effects
 from s2a_fx.graph.regions import SCOPES, ModeRegion, WhenGiven, scopes_of
-from s2a_fx.graph.scopes import close_scopes, common_scopes
+from s2a_fx.graph.scopes import close_scopes, scopes_around
 from s2a_fx.graph.training_switch import TrainingSwitch
 
 
@@ -126,7 +126,7 @@ def make_optional(capture: FlatCapture, names: Sequence[str], dependents: Sequen
 
 def _replace_run(capture: FlatCapture, given: Sequence[fx.Node], run: Sequence[fx.Node]) -> None:
     inside, graph = set(run), capture.graph
-    around = common_scopes([scopes_of(node) for node in run])
+    around = scopes_around(run)
     for node in run:
         node.meta[SCOPES] = scopes_of(node)[len(around) :]
     operands = list(dict.fromkeys([*given, *(o for node in run for o in node.all_input_nodes if o not in inside)]))

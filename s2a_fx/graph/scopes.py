@@ -42,7 +42,7 @@ def _adopt_inserted(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if SCOPES in node.meta or node.op in ("placeholder", "get_attr", "output") or not node.users:
             continue
-        readers = common_scopes([scopes_of(user) for user in node.users])
+        readers = scopes_around(list(node.users))
         operands = [common_scopes([readers, scopes_of(operand)]) for operand in node.all_input_nodes]
         node.meta[SCOPES] = max(operands, key=len, default=())
 
@@ -52,6 +52,11 @@ def common_scopes(stacks: Sequence[tuple[Scope, ...]]) -> tuple[Scope, ...]:
     first, *others = stacks
     depth = next((i for i, scope in enumerate(first) if any(o[i : i + 1] != (scope,) for o in others)), len(first))
     return first[:depth]
+
+
+def scopes_around(nodes: Sequence[fx.Node]) -> tuple[Scope, ...]:
+    """The scopes that all of several nodes are in, outermost first."""
+    return common_scopes([scopes_of(node) for node in nodes])
 
 
 def _runs(gm: fx.GraphModule) -> list[list[fx.Node]]:

@@ -10,7 +10,7 @@ from torch import fx, nn
 from s2a_fx.graph import torch_internals
 from s2a_fx.graph.edit import extract_region
 from s2a_fx.graph.regions import SCOPES, scopes_of
-from s2a_fx.graph.scopes import close_scopes, common_scopes
+from s2a_fx.graph.scopes import close_scopes, scopes_around
 
 
 def can_be_ghost(module: nn.Module | None) -> bool:
@@ -100,7 +100,7 @@ def extract_bodies(
 
 def _close_inner_scopes(body: fx.GraphModule, nodes: Sequence[fx.Node], copies: dict[fx.Node, fx.Node]) -> None:
     """Make modules of the scopes that some of a body's nodes are in; those around all are around the body's call."""
-    around = common_scopes([scopes_of(node) for node in nodes])
+    around = scopes_around(nodes)
     for node in nodes:
         copies[node].meta[SCOPES] = scopes_of(node)[len(around) :]
     close_scopes(body)

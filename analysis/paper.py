@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from s2a_fx.graph.calls import call_of, operator_of
+from s2a_fx.graph.calls import Call, call_of, operator_of
 from s2a_fx.graph.flow import attribute, trained_nodes
 from s2a_fx.graph.provenance import module_stack
 from s2a_fx.graph.structure import residual_blocks
@@ -49,10 +49,11 @@ def paper_bytes(gm: fx.GraphModule) -> int:
     total = sum(p.numel() for p in gm.parameters()) * 32
     counted = trained | _backbone_through_which_gradients_flow(gm, trained)
     for node in gm.graph.nodes:
-        if _trains_its_weight(gm, node) and not _normalizes_side_branch(gm, node):
+        call = call_of(gm, node)
+        if _trains_its_weight(gm, node, call) and not _normalizes_side_branch(gm, node):
             total += _elements(node.all_input_nodes[0]) * 32
         elif not counted.isdisjoint((node, *node.all_input_nodes)) and (not _in_side_branch(node) or _is_coded_input(gm, node)):
-            total += _kept_bits(gm, node)
+            total += _kept_bits(gm, node, call)
     return total // 8
 
 
@@ -63,10 +64,9 @@ def _backbone_through_which_gradients_flow(gm: fx.GraphModule, trained: set[fx.N
     return {node for block in blocks for node in block.nodes} if flows else set()
 
 
-def _trains_its_weight(gm: fx.GraphModule, node: fx.Node) -> bool:
-    if operator_of(gm, node) not in _PARAMETRIC:
+def _trains_its_weight(gm: fx.GraphModule, node: fx.Node, call: Call | None) -> bool:
+    if (operator_of(gm, node) if call is None else call.operator) not in _PARAMETRIC:
         return False
-    call = call_of(gm, node)
     if call is None:  # a class derived from such a layer, whose weight may be computed, by a power iteration say
         named = gm.get_submodule(str(node.target)).named_parameters()
         return any(p.requires_grad for name, p in named if "bias" not in name.split("."))
@@ -87,8 +87,7 @@ def _normalizes_side_branch(gm: fx.GraphModule, node: fx.Node) -> bool:
     return _in_side_branch(node) and operator_of(gm, node) not in _CONVOLUTIONS
 
 
-def _kept_bits(gm: fx.GraphModule, node: fx.Node) -> int:
-    call = call_of(gm, node)
+def _kept_bits(gm: fx.GraphModule, node: fx.Node, call: Call | None) -> int:
     if call is not None and call.operator is F.scaled_dot_product_attention:
         return _map_elements(*call.nodes[:2]) * 32
     if call is not None and call.operator in _NON_PARAMETRIC:

@@ -16,7 +16,7 @@ import functools
 import math
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -185,23 +185,25 @@ class _Recorder(TorchDispatchMode):
     def kept(self) -> tuple[int, ...]:
         """The bytes of each storage that autograd keeps, but for parameters, buffers, and constants."""
         found = {storage_key(t.tensor): t.tensor.untyped_storage().nbytes() for t in self.tokens}
-        return tuple(sorted(size for key, size in found.items() if key in self.dependent - self.own))
+        counted = self.dependent - self.own
+        return tuple(sorted(size for key, size in found.items() if key in counted))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         if func is torch_internals.ASKS_DEVICE:
             return args[0].device
+        kwargs = kwargs or {}
         operator = _operator_of(func)
-        if operator.writes and self.refusal is None and _outlives(func, args, kwargs or {}):
+        if operator.writes and self.refusal is None and _outlives(func, args, kwargs):
             self.refusal = TraceError(
                 f"{line_of_frame(sys._getframe(1))}: writes to a tensor that outlives the call and is no buffer; a graph has no "
                 "place for it: register it as a buffer of the module."
             )
         if self.refusal is not None:  # again, if the model caught it
             raise self.refusal
-        result = func(*args, **kwargs) if kwargs else func(*args)
+        result = torch_internals.FASTER_ON_FAKE.get(func, func)(*args, **kwargs)
         acts = operator.draws or operator.writes
         number = len(self.calls)
-        reads = _tensors_in((*args, *kwargs.values()) if kwargs else args)
+        reads, constants = _tensors_and_constants((*args, *kwargs.values()))
         self.note_reads(reads, None if acts else number)
         keys = [storage_key(t) for t in reads]
         if operator.draws or not self.dependent.isdisjoint(keys):
@@ -213,8 +215,7 @@ class _Recorder(TorchDispatchMode):
                 self.alive += [t.untyped_storage() for t in reads]
                 self.dependent.update(keys)
             autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
-            constants = tuple(_constants_in((*args, *kwargs.values()) if kwargs else args))
-            shapes = tuple(map(_shape, reads)), constants, tuple(map(_shape, returns))
+            shapes = tuple(map(_shape, reads)), tuple(constants), tuple(map(_shape, returns))
             self.calls.append(AtenCall(operator.name, *shapes, torch.is_grad_enabled(), autocast))
             if not acts:
                 self.readers[number] = set()
@@ -227,15 +228,24 @@ _MAKER = "s2a_fx_maker"
 """Attribute of a tensor: the recorder that saw the call that made it, and the call's number."""
 
 
-def _tensors_in(values: Iterable[Any]) -> list[torch.Tensor]:
-    """The tensors among the arguments or results of an operator, which nest in lists and tuples alone."""
-    found: list[torch.Tensor] = []
+def _tensors_and_constants(values: Iterable[Any]) -> tuple[list[torch.Tensor], list[Any]]:
+    """What the arguments or results of an operator consist of, which nest in lists and tuples alone; NaN is equal to itself."""
+    tensors: list[torch.Tensor] = []
+    constants: list[Any] = []
     for value in values:
         if isinstance(value, torch.Tensor):
-            found.append(value)
+            tensors.append(value)
         elif isinstance(value, list | tuple):
-            found += _tensors_in(value)
-    return found
+            inside = _tensors_and_constants(value)
+            tensors += inside[0]
+            constants += inside[1]
+        elif not isinstance(value, torch.Generator):
+            constants.append("nan" if isinstance(value, float) and math.isnan(value) else value)
+    return tensors, constants
+
+
+def _tensors_in(values: Iterable[Any]) -> list[torch.Tensor]:
+    return _tensors_and_constants(values)[0]
 
 
 def _outlives(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -244,15 +254,6 @@ def _outlives(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     given = {**dict(zip((p.name for p in parameters), args, strict=False)), **kwargs}
     written = _tensors_in(given.get(parameter.name) for parameter in parameters if parameter.is_written)
     return not all(isinstance(tensor, torch_internals.FakeTensor) for tensor in written)
-
-
-def _constants_in(values: Iterable[Any]) -> Iterator[Any]:
-    """The arguments that are no tensors, NaN equal to itself."""
-    for value in values:
-        if isinstance(value, list | tuple):
-            yield from _constants_in(value)
-        elif not isinstance(value, torch.Tensor | torch.Generator):
-            yield "nan" if isinstance(value, float) and math.isnan(value) else value
 
 
 class _Reached(BaseException):

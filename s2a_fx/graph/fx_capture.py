@@ -372,6 +372,9 @@ class _Proxy(fx.Proxy):
 
     tracer: "ModelTracer"
 
+    def __getattr__(self, name: str) -> "_Attribute":
+        return _Attribute(self, name)
+
     def __iter__(self) -> Iterator[fx.Proxy]:
         frame = sys._getframe(1)
         count = self.tracer.count_unpacked(frame.f_code, frame.f_lasti)
@@ -386,6 +389,10 @@ class _Proxy(fx.Proxy):
 
 def _assigning(function: Callable[..., Any]) -> Callable[[_Proxy, Any], fx.Proxy]:
     return lambda proxy, other: proxy.tracer.create_proxy("call_function", function, (proxy, other), {})
+
+
+class _Attribute(_Proxy, fx.proxy.Attribute):
+    """An attribute of a proxy, such as its shape, which becomes a node when it is read and not called."""
 
 
 for _function in ASSIGNMENTS:

@@ -24,7 +24,6 @@ from s2a_fx.graph.flow import has_effects
 from s2a_fx.graph.provenance import owner_path, owner_stack
 from s2a_fx.graph.regions import SCOPES, ModeRegion, Scope, scopes_of
 from s2a_fx.graph.scopes import close_scopes, common_scopes
-from s2a_fx.graph.torch_internals import tree_flatten
 from s2a_fx.graph.traced_module import TracedModule
 from s2a_fx.graph.training_switch import Difference, TrainingSwitch
 
@@ -71,16 +70,14 @@ def _contexts(node: fx.Node) -> tuple[Any, ...]:
     return tuple((scope.kind, scope.options) for scope in scopes_of(node))
 
 
-def _is_equal(x: Any, y: Any) -> bool:
+def _is_equal(a: Any, b: Any) -> bool:
     """Equality of arguments in which True is not 1, and NaN is equal to itself."""
-    xs, structure = tree_flatten(x)
-    ys, other = tree_flatten(y)
-    return structure == other and all(map(_is_equal_leaf, xs, ys))
-
-
-def _is_equal_leaf(a: Any, b: Any) -> bool:
     if type(a) is not type(b):
         return False
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(_is_equal, a, b))
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(map(_is_equal, a.values(), b.values()))
     return a is b or bool(a == b) or (isinstance(a, float) and math.isnan(a) and math.isnan(b))
 
 

@@ -99,9 +99,10 @@ class _Modules:
 
     def _first_entry(self, nodes: Sequence[fx.Node]) -> fx.Node | None:
         """What a module was entered with: a summand, if its shortcut was computed outside, or else what it reads first."""
-        entries = _entries(nodes)
-        added = {operand for node in nodes for operand in summands(self.flow.gm, node) or ()}
-        return next((entry for entry in entries if entry in added), next(iter(entries), None))
+        entries, inside = _entries(nodes), set(nodes)
+        readers = ((entry, user) for entry in entries for user in entry.users if user in inside)
+        added = (entry for entry, user in readers if entry in (summands(self.flow.gm, user) or ()))
+        return next(added, next(iter(entries), None))
 
     def _repeats(self, path: str) -> bool:
         """Whether a module adds the same more than twice, as a loop over layers does; branches of one value count as one."""

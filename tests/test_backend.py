@@ -71,6 +71,7 @@ def test_one_more_graph_serves_every_batch():
     assert seen[1] == 2 * seen[0]  # the graph that Dynamo sees, and the one the passes made of it
 
 
+@pytest.mark.slow
 def test_autocast_and_accumulated_gradients():
     model, x = tuned("resnet")
     reference = copy.deepcopy(model)
@@ -104,6 +105,7 @@ def test_new_weights_are_seen():
     torch.testing.assert_close(compiled(x), model(x))
 
 
+@pytest.mark.slow
 def test_parameters_that_peft_adds_train():
     peft = pytest.importorskip("peft")
     model, x = small_model("vit")
@@ -155,6 +157,7 @@ def test_wrong_options_are_told(options, message):
         compiled(torch.randn(2, 8))
 
 
+@pytest.mark.slow
 def test_fewer_bits_keep_fewer_bytes():
     kept = []
     for bits in (2, 4, 8):

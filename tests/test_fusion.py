@@ -36,6 +36,7 @@ def same_bits(operator, *arguments):
     return all(torch.equal(a, b) and a.dtype is b.dtype for a, b in zip(*as_tuple, strict=True))
 
 
+@pytest.mark.slow
 def test_compiled_rows_have_the_same_bits(compiled):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # a fall-back would hide what this test is for

@@ -45,6 +45,7 @@ def test_eager_and_compiled_stand_side_by_side(vit):
     assert "torch.compile" in str(compiled)
 
 
+@pytest.mark.slow
 def test_the_memory_budget_of_the_compiler_counts(vit):
     model, x = vit
     whole = s2a_fx.analyze(model, x, mode="compile")

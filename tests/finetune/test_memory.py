@@ -116,6 +116,7 @@ def test_of_one_of_two_processes(parallel, accumulation, recipe, tmp_path):
     assert 0.99 * measured < predicted < (1.5 if parallel == "fsdp" else 1.02) * measured
 
 
+@pytest.mark.slow
 def test_shares_of_weights_are_smaller_among_more_processes(tmp_path):
     options = small_run(tmp_path, tmp_path, recipe="full", model_options={**SMALL, "depth": 8})
     two, eight = (predict(options, 3, Processes(count=count, parallel="fsdp")).bytes for count in (2, 8))

@@ -165,7 +165,7 @@ def test_hugging_face_answers_in_the_form_that_is_asked_for(arguments):
     check(hugging_face("ViT"), Inputs(pixel_values=IMAGES, **arguments))
 
 
-@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("use_reentrant", fast([True, False], True))
 def test_hugging_face_checkpoints(use_reentrant):
     model = hugging_face("ViT", hidden_dropout_prob=0.2)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})

@@ -92,7 +92,7 @@ MODELS = {
 OWN = [name for name in MODELS if "Hugging" not in name]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", fast(MODELS, *OWN))
 def test_blocks_and_the_head_are_found(name):
     make, inputs, head = MODELS[name]
     gm = s2a_fx.trace(make(), inputs)
@@ -113,7 +113,7 @@ def test_prompts_find_a_place_and_checkpoints_keep_what_is_predicted(name):
             assert s2a_fx.analyze(gm, arguments).saved_bytes == measure_saved_bytes(gm, arguments)
 
 
-@pytest.mark.parametrize("name", ["resnet10t", "convnext_atto", "efficientvim_m1"])
+@pytest.mark.parametrize("name", fast(["resnet10t", "convnext_atto", "efficientvim_m1"], "resnet10t"))
 def test_features_and_towers_train_their_biases(name):
     options = {"features_only": True} if name != "efficientvim_m1" else {"num_classes": 0}
     model, x = timm.create_model(name, **options), torch.randn(2, 3, 64, 64)
@@ -122,7 +122,7 @@ def test_features_and_towers_train_their_biases(name):
     assert trains and all(n.rpartition(".")[2] == "bias" for n in trains)
 
 
-@pytest.mark.parametrize("name", ["ese_vovnet19b_slim_dw", "vgg11"])
+@pytest.mark.parametrize("name", fast(["ese_vovnet19b_slim_dw", "vgg11"], "ese_vovnet19b_slim_dw"))
 def test_a_network_that_adds_nothing_has_no_block_and_has_a_head(name):
     model, x = small(name), torch.randn(2, 3, 64, 64)
     with pytest.raises(s2a_fx.PassError, match="found no residual block"):

@@ -279,7 +279,7 @@ def test_the_branches_of_parallel_layers_are_told_apart():
 
 
 @pytest.mark.parametrize("recipe", ["lora", "adapter", "lst"])
-@pytest.mark.parametrize("name", ["inline", "tower"])
+@pytest.mark.parametrize("name", fast(["inline", "tower"], "inline"))
 def test_what_passes_insert_belongs_to_the_blocks_and_is_none(name, recipe):
     model, x = MODELS[name]()
     before = residual_blocks(s2a_fx.trace(model, x))
@@ -393,7 +393,7 @@ def test_features_have_no_head_and_their_biases_train():
         s2a_fx.transform(model, x, "linear")
 
 
-@pytest.mark.parametrize("name", ["densenet121", "lcnet_035"])
+@pytest.mark.parametrize("name", fast(["densenet121", "lcnet_035"], "lcnet_035"))
 def test_a_model_without_residual_blocks_is_told(name):
     model, x = timm_model(name, 64)
     with pytest.raises(s2a_fx.PassError, match="found no residual block"):

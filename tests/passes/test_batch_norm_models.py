@@ -66,7 +66,7 @@ def cosine(a, b):
     return F.cosine_similarity(*(torch.cat([g.flatten() for g in grads.values()]) for grads in (a, b)), 0)
 
 
-@pytest.mark.parametrize("name", fast(MODELS, "resnet18", "resnetv2_50", "densenet121", "test_efficientnet"))
+@pytest.mark.parametrize("name", fast(MODELS, "resnet18", "resnetv2_50", "test_efficientnet"))
 def test_a_step_is_the_plain_model_s(name):
     model, x = batch_norm_model(name)
     plain, coded = transformed(model, x, FreezeWeights()), transformed(model, x, FreezeWeights(), COMPRESS)

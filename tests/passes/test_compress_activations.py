@@ -162,6 +162,7 @@ def test_a_model_that_keeps_nothing_is_left_alone(vit):
     assert torch.equal(seeded(gm, vit[1]), seeded(vit[0], vit[1]))
 
 
+@pytest.mark.slow
 def test_without_norm_branches_there_are_notes_and_no_errors():
     model, x = small_model("resnet")
     for recipe in RECIPES:

@@ -339,8 +339,9 @@ WINDOWED = {
 }
 
 
-@pytest.mark.parametrize("recipe", fast(["bias", "s2a"], "bias"))
-@pytest.mark.parametrize("name", fast(WINDOWED, "small"))
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["bias", "s2a"])
+@pytest.mark.parametrize("name", WINDOWED)
 def test_torchvision_s_windowed_models(name, recipe):
     torch.manual_seed(0)
     gm = s2a_fx.transform(WINDOWED[name](), (torch.randn(2, 3, 64, 64),), recipe).eval()

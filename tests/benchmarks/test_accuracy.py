@@ -113,6 +113,7 @@ def test_the_images_of_the_search_are_the_first_of_those_trained_on(accuracy, se
         assert torch.equal(validation, same) and not len(none)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "options"), [("vit_small_patch14_dinov2", {"img_size": 98}), ("tf_efficientnet_lite0", {})])
 def test_the_method_that_is_no_recipe_trains_less_than_one_percent(accuracy, model, options):
     original = timm.create_model(model, num_classes=2, **options)

@@ -439,6 +439,7 @@ def test_what_does_not_fit_is_refused_in_one_line(name, recipe, reason):
         s2a_fx.transform(model, x, recipe)
 
 
+@pytest.mark.slow
 def test_a_comparison_tells_what_does_not_fit():
     model, x = timm_model("pvt_v2_b0", num_classes=5, batch_size=2)
     comparison = s2a_fx.compare(model, x, ["full", "vpt"], tell_refusals=True)

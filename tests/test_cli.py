@@ -55,6 +55,7 @@ def test_html_page_shows_the_timeline(tmp_path):
     assert "<svg" in file.read_text()
 
 
+@pytest.mark.slow
 def test_fit_finds_a_batch_that_fits_and_whose_successor_does_not(capsys):
     import s2a_fx
     from s2a_fx.zoo import timm_model
@@ -151,6 +152,7 @@ def test_a_report_goes_into_a_device(capsys, tmp_path):
     assert device.is_char_device()
 
 
+@pytest.mark.slow
 def test_figures_on_the_standard_output_stand_beside_the_text(tmp_path):
     """Redirected to a file, which a new one in its place would cut off from the text."""
     link = tmp_path / "stdout"  # and not /dev/stdout, which a fault would replace

@@ -41,6 +41,7 @@ fork_map(stuck, range(2), jobs=2)
 """
 
 
+@pytest.mark.slow
 def test_a_child_ends_with_a_parent_that_is_killed():
     with subprocess.Popen([sys.executable, "-c", STUCK], stdout=subprocess.PIPE, text=True) as started:
         assert started.stdout.readline() == "child\n"

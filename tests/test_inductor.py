@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from saved_bytes import cosine
-from slow import fast
 from small_models import small_model
 from steps import ten_steps
 from torch import nn
@@ -58,7 +57,8 @@ def gradients(module, model, x):
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
-@pytest.mark.parametrize("family", fast(["vit", "convnext"], "vit"))
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["vit", "convnext"])
 def test_hooks_keep_codes_in_one_graph(family):
     model, x = small_model(family)
     reference = copy.deepcopy(model)

@@ -31,6 +31,7 @@ def test_predicted_bytes_are_those_that_the_compiled_forward_saves(family, recip
         assert predicted <= 1.05 * s2a_fx.analyze(gm, x).saved_bytes
 
 
+@pytest.mark.slow
 def test_eager_and_compiled_stand_side_by_side(vit):
     model, x = vit
     both = s2a_fx.compare(model, x, ["bias"], modes=("eager", "compile"))

@@ -94,6 +94,7 @@ def test_a_run_that_no_weights_are_named_for(tmp_path, capsys):
     assert "--from-scratch" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_weights_of_another_model(colours, tmp_path):
     file = tmp_path / "weights.pt"
     _refused(small_run(colours, tmp_path / "run", checkpoint=str(file)), "there is no such file")

@@ -56,6 +56,7 @@ def test_after_ctrl_c(batch, colours, whole_run, tmp_path, monkeypatch):
     assert_same(stored(tmp_path / "run", "best.pt"), stored(whole_run[0].folder, "best.pt"))
 
 
+@pytest.mark.slow
 def test_after_ctrl_c_in_an_evaluation(colours, whole_run, tmp_path, monkeypatch):
     evaluate = training.evaluate
 
@@ -193,6 +194,7 @@ def test_a_folder_that_cannot_be_written_is_told_before_the_training(colours, tm
     assert not any("epoch" in line for line in lines)
 
 
+@pytest.mark.slow
 def test_two_runs_never_write_into_one_folder(colours, whole_run, tmp_path, monkeypatch):
     hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", hold, str(whole_run[0].folder / ".lock")]

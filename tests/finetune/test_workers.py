@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 from colours import small_run
-from slow import fast
 
 import s2a_fx.finetune.run as run
 import s2a_fx.finetune.workers as bounds
@@ -104,7 +103,8 @@ def _wait(condition, seconds):
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="asks Linux which processes run")
-@pytest.mark.parametrize("start", fast(["fork", "spawn", "forkserver"], "fork"))
+@pytest.mark.slow
+@pytest.mark.parametrize("start", ["fork", "spawn", "forkserver"])
 def test_workers_end_with_a_run_that_is_killed(start, colours, tmp_path):
     """In the middle of an image, where a worker of torch's looks at nothing."""
     (tmp_path / "stuck.py").write_text(STUCK)

@@ -152,8 +152,7 @@ def hugging_face(name, **options):
         "ViT",
         "Dinov2",
         "ResNet",
-        "CLIP",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("Segformer", "Siglip", "MobileViT")),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("CLIP", "Segformer", "Siglip", "MobileViT")),
     ],
 )
 def test_hugging_face_by_keyword_with_its_loss(name):

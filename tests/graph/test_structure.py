@@ -135,7 +135,7 @@ def assert_alike(found, wanted):
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", fast(MODELS, *(name for name in MODELS if "DINOv2" not in name)))
 def test_blocks_and_heads_are_found(name):
     model, x = MODELS[name]()
     gm = s2a_fx.trace(model, x)
@@ -144,7 +144,7 @@ def test_blocks_and_heads_are_found(name):
 
 
 @pytest.mark.parametrize("recipe", fast(["bias+lrp", "bias+checkpoint", "s2a-max"], "bias+checkpoint"))
-@pytest.mark.parametrize("name", fast(MODELS, "plain ViT", "coat_lite", "volo", "crossvit", "tower", "distilled"))
+@pytest.mark.parametrize("name", fast(MODELS, "plain ViT", "coat_lite", "crossvit", "distilled"))
 @pytest.mark.filterwarnings("error:erase_node")
 def test_recipes_find_their_places_and_keep_what_is_predicted(name, recipe):
     model, x = MODELS[name]()

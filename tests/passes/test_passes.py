@@ -229,6 +229,7 @@ def test_a_graph_without_shapes_is_refused(vit):
         FreezeWeights()(torch.fx.symbolic_trace(nn.Sequential(nn.Linear(2, 2))))
 
 
+@pytest.mark.slow
 def test_trained_share_is_the_paper_s():
     model, x = timm_model("vit_base_patch16_224", num_classes=100, batch_size=2)
     gm = s2a_fx.transform(model, x, "bias+lrp+lsb")

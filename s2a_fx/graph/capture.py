@@ -150,18 +150,9 @@ class _Example:
         return replace(self, model=share_weights(self.model), signature=self.signature.drop(name), inputs=inputs)
 
 
-@dataclass(frozen=True)
-class _Observed:
-    """What a model does in train mode and in eval mode, and the fake copies of its modules, which its graph calls, too."""
-
-    behaviours: Mapping[bool, Behaviour]
-    mode: FakeTensorMode
-    copies: dict[int, Any]
-
-
 def _capture(example: _Example) -> TracedModule:
     """A faithful graph: by torch.fx, or else by Dynamo."""
-    wanted = _observe(example)
+    wanted = _behaviours_of_model(example)
     refusals: list[TraceError] = []
     single = example.inputs and example.inputs[0].ndim and len(example.inputs[0]) == 1
     for capture in (_by_fx, _by_dynamo_of_two, capture_by_dynamo) if single else (_by_fx, capture_by_dynamo):
@@ -255,12 +246,12 @@ def _build(example: _Example, graph: fx.Graph, result: Result, optional: tuple[s
     return gm
 
 
-def _check_fidelity(example: _Example, gm: fx.GraphModule, result: Result, wanted: _Observed) -> None:
+def _check_fidelity(example: _Example, gm: fx.GraphModule, result: Result, wanted: Mapping[bool, Behaviour]) -> None:
     """Raise `TraceError` unless the graph does what the model does in train mode and in eval mode; nodes get their values."""
-    mode, behaviours = wanted.mode, wanted.behaviours
-    fakes = fake_modules(gm, mode, wanted.copies)
+    mode = fake_mode()
+    fakes = fake_modules(gm, mode)
     present = example.model.training
-    checked = [present] if _is_alike(gm, behaviours) else sorted(behaviours, key=lambda training: training != present)
+    checked = [present] if _is_alike(gm, wanted) else sorted(wanted, key=lambda training: training != present)
     for training in checked:
         inputs = [fake_tensor(t, mode) for t in example.inputs]
         interpreter = _Recording if training == present else fx.Interpreter
@@ -268,11 +259,11 @@ def _check_fidelity(example: _Example, gm: fx.GraphModule, result: Result, wante
         run = _graph_run(interpreter(fakes, graph=gm.graph), inputs, result.train if training else result.eval)
         name = "train" if training else "eval"
         try:
-            with mode, state_restored(fakes):
+            with mode:
                 behaviour = fidelity.behaviour_of(fakes, inputs, run)
         except Exception as error:  # the model catches an error, say, or reads what no graph holds
             raise TraceError(f"the model itself: in {name} mode the graph fails ({first_line(error)})") from error
-        if (differs := fidelity.difference(behaviours[training], behaviour)) is not None:
+        if (differs := fidelity.difference(wanted[training], behaviour)) is not None:
             text, index = differs
             place = None if index is None else _place_of_call(example, training, index)
             raise TraceError(f"{place or 'the model itself'}: in {name} mode {text}")
@@ -327,11 +318,10 @@ def _graph_run(interpreter: fx.Interpreter, inputs: Sequence[torch.Tensor], stru
     return run
 
 
-def _observe(example: _Example) -> _Observed:
-    """What the model does in both modes; a mode in which it is not, and that refuses the inputs, is left out."""
+def _behaviours_of_model(example: _Example) -> dict[bool, Behaviour]:
+    """What the model does in train mode and in eval mode; a mode in which it is not, and that refuses the inputs, is left out."""
     model, mode = example.model, fake_mode()
-    copies: dict[int, Any] = {}
-    fakes = _faked(model, mode, copies)
+    fakes = _faked(model, mode)
     found: dict[bool, Behaviour] = {}
     for training in _MODES:
         inputs = [fake_tensor(t, mode) for t in example.inputs]
@@ -347,13 +337,12 @@ def _observe(example: _Example) -> _Observed:
         except Exception as error:
             if training == model.training:
                 raise _refusal_of_inputs(model, example.inputs, error) from error
-    return _Observed(found, mode, copies)
+    return found
 
 
-def _faked(model: nn.Module, mode: FakeTensorMode, memo: dict[int, Any] | None = None) -> nn.Module:
-    """A copy of a model with fake parameters and buffers; tensors that are plain attributes stay. `memo` gets what is copied."""
-    memo = {} if memo is None else memo
-    memo |= {id(t): t for t in torch_internals.plain_tensors(model)}
+def _faked(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
+    """A copy of a model with fake parameters and buffers; tensors that are plain attributes stay."""
+    memo: dict[int, Any] = {id(t): t for t in torch_internals.plain_tensors(model)}
     memo |= {id(t): fake_tensor(t, mode) for t in [*model.parameters(), *model.buffers()]}
     return fake_copy(model, memo)
 

@@ -49,13 +49,9 @@ def _counts_batches(module: nn.Module) -> bool:
     return isinstance(module, torch_internals.RunningNorm) and module.momentum is None
 
 
-def fake_modules(gm: fx.GraphModule, mode: FakeTensorMode, memo: dict[int, Any] | None = None) -> nn.Module:
-    """The modules of a graph module, without the graph, their parameters and buffers faked; tied tensors stay tied.
-
-    What an earlier copy left in `memo`, of the same mode, is taken from there.
-    """
-    memo = {} if memo is None else memo
-    memo |= {id(t): fake_tensor(t, mode) for t in [*gm.parameters(), *gm.buffers()] if id(t) not in memo}
+def fake_modules(gm: fx.GraphModule, mode: FakeTensorMode) -> nn.Module:
+    """The modules of a graph module, without the graph, their parameters and buffers faked; tied tensors stay tied."""
+    memo: dict[int, Any] = {id(t): fake_tensor(t, mode) for t in [*gm.parameters(), *gm.buffers()]}
     root = nn.Module()
     for name, child in gm.named_children():
         root.add_module(name, fake_copy(child, memo))

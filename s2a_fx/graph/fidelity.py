@@ -236,15 +236,16 @@ def _tensors_and_constants(values: Iterable[Any]) -> tuple[list[torch.Tensor], l
         if isinstance(value, torch.Tensor):
             tensors.append(value)
         elif isinstance(value, list | tuple):
-            inside = _tensors_and_constants(value)
-            tensors += inside[0]
-            constants += inside[1]
+            inner_tensors, inner_constants = _tensors_and_constants(value)
+            tensors += inner_tensors
+            constants += inner_constants
         elif not isinstance(value, torch.Generator):
             constants.append("nan" if isinstance(value, float) and math.isnan(value) else value)
     return tensors, constants
 
 
 def _tensors_in(values: Iterable[Any]) -> list[torch.Tensor]:
+    """The tensors among the arguments or results of an operator."""
     return _tensors_and_constants(values)[0]
 
 

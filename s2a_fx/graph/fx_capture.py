@@ -392,7 +392,7 @@ def _assigning(function: Callable[..., Any]) -> Callable[[_Proxy, Any], fx.Proxy
 
 
 class _Attribute(_Proxy, fx.proxy.Attribute):
-    """An attribute of a proxy, such as its shape, which becomes a node when it is read and not called."""
+    """An attribute of a proxy, such as its shape: unpacked, assigned to and made a number as a proxy is."""
 
 
 for _function in ASSIGNMENTS:

@@ -100,8 +100,8 @@ class _Modules:
     def _first_entry(self, nodes: Sequence[fx.Node]) -> fx.Node | None:
         """What a module was entered with: a summand, if its shortcut was computed outside, or else what it reads first."""
         entries, inside = _entries(nodes), set(nodes)
-        readers = ((entry, user) for entry in entries for user in entry.users if user in inside)
-        added = (entry for entry, user in readers if entry in (summands(self.flow.gm, user) or ()))
+        read = ((entry, reader) for entry in entries for reader in entry.users if reader in inside)
+        added = (entry for entry, reader in read if entry in (summands(self.flow.gm, reader) or ()))
         return next(added, next(iter(entries), None))
 
     def _repeats(self, path: str) -> bool:

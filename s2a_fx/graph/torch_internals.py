@@ -207,7 +207,7 @@ ASKS_DEVICE = torch.ops.prim.device.default
 """What autograd asks of each result, in two of three calls that a mode sees; `tensor.device` answers at once."""
 
 FASTER_ON_FAKE = {torch.ops.aten._unsafe_view.default: torch.ops.aten.view.default}
-"""What does the same on fake tensors, which decompose an `_unsafe_view` anew at each call, in three times a view's time."""
+"""What does the same on all tensors; fake ones decompose an `_unsafe_view` anew at each call, in three times a view's time."""
 
 READS_VALUE = (DataDependentOutputException, DynamicOutputShapeException)
 """Raised where a fake tensor is asked for its value, or for a shape that depends on it."""

@@ -349,3 +349,15 @@ def test_visual_prompts_are_refused_where_rotary_positions_are_of_as_many_tokens
     model = timm.create_model("vit_small_patch16_dinov3", depth=2, embed_dim=64, num_heads=2, num_classes=4)
     with pytest.raises(s2a_fx.S2AError, match="was built for its number of tokens"):
         s2a_fx.transform(model, (torch.randn(2, 3, 64, 64),), "vpt")
+
+
+def test_attributes_are_assigned_to_as_tensors_are():
+    class Shifted(nn.Module):
+        def forward(self, x):
+            turned = x.mT
+            turned += 1
+            turned -= 1
+            return turned + x.mT
+
+    x = torch.rand(3, 4)
+    assert torch.equal(s2a_fx.trace(Shifted(), x)(x.clone()), Shifted()(x.clone()))

@@ -1,5 +1,6 @@
 """What a model changes besides its buffers, and sets for the process: refused with the line, and left as it was."""
 
+import collections
 import contextlib
 from types import SimpleNamespace
 
@@ -7,7 +8,9 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from timm.layers import register_notrace_module
 from torch import manual_seed, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 import s2a_fx
 from s2a_fx.graph.calls import find_calls
@@ -243,3 +246,28 @@ def test_calls_of_one_mode_are_found():
     assert len(find_calls(gm, F.relu)) == 1
     with pytest.raises(s2a_fx.InputError, match="got a Linear, wanted a graph module"):
         find_calls(nn.Linear(8, 8), F.relu)
+
+
+@pytest.mark.parametrize("make", [lambda: None, dict, collections.OrderedDict, SimpleNamespace])
+def test_what_an_opaque_layer_fills_at_its_first_call_is_no_hindrance(make):
+    @register_notrace_module
+    class Filling(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("table", None, persistent=False)
+            self.own = make()
+
+        def forward(self, x):
+            held = vars(self.own) if isinstance(self.own, SimpleNamespace) else self._buffers if self.own is None else self.own
+            if held.get("table") is None:
+                held["table"] = torch.ones(x.shape[-1])
+            return x * held["table"]
+
+    model = nn.Sequential(nn.Linear(8, 8), Filling())
+    assert torch.equal(s2a_fx.trace(model, X)(X), model(X))
+
+
+def test_values_of_plain_tensors_share_no_memory_with_the_graph_s():
+    gm = s2a_fx.trace(Keeps(lambda self, x: self.layer(x - self.kept), torch.rand(8)), X)
+    (constant,) = (n for n in gm.graph.nodes if n.op == "get_attr" and "layer" not in n.target)
+    assert isinstance(constant.meta["val"], FakeTensor)

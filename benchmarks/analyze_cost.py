@@ -30,7 +30,7 @@ print(time.process_time() - start)
 
 
 def seconds(checkout: Path, model: str) -> float:
-    """CPU time of the second `analyze` of a process."""
+    """CPU time of the second `analyze` of a process, garbage of the first collected before."""
     environment = {**os.environ, "PYTHONPATH": str(checkout)}
     command = [sys.executable, "-c", ONE_ROUND, model]
     return float(subprocess.run(command, env=environment, cwd=checkout, check=True, capture_output=True, text=True).stdout)

@@ -21,7 +21,6 @@ from s2a_fx.graph.torch_internals import MODULE_TABLES
 
 _State = dict[tuple[str, str], Any]
 _OPAQUE = (nn.Module, torch.Tensor, FunctionType, ModuleType, type)
-_ATOMS = {bool, int, float, str, type(None)}
 
 
 def run_refusing_lasting_state(model: nn.Module, run: Callable[[], Behaviour]) -> Behaviour:
@@ -86,7 +85,7 @@ def _state(model: nn.Module) -> _State:
     """The attributes of the modules that are not torch's own tables, and what they hold."""
     seen: set[int] = set()
     return {
-        (path, name): value if type(value) in _ATOMS else _shown(value, seen)
+        (path, name): _shown(value, seen)
         for path, module in model.named_modules()
         for name, value in vars(module).items()
         if name not in MODULE_TABLES

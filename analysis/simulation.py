@@ -23,7 +23,7 @@ from s2a_fx.graph import torch_internals
 from s2a_fx.graph.caches import without_caches
 from s2a_fx.graph.fake import fake_mode, fake_modules, fake_tensor, traced_inputs
 from s2a_fx.graph.regions import Checkpoint, in_scopes
-from s2a_fx.graph.torch_internals import neutral_state, operator_of_backward, saved_attributes, shadow_of
+from s2a_fx.graph.torch_internals import neutral_state, operator_of_backward, packed_by_hooks, saved_attributes, shadow_of
 from s2a_fx.nn.checkpointed import Checkpointed
 from s2a_fx.nn.recompute import at_most_parts
 from s2a_fx.ops import SAVED
@@ -140,9 +140,8 @@ class _Keeper:
         self.ledger = ledger
         self.tokens: weakref.WeakSet[_Token] = weakref.WeakSet()
         self.order = 0
-        self.naming: list[str] | None = None  # names for the tensors that are unpacked next
         self.attributes: dict[str, dict[str, str]] = {}
-        self.checkpointed = False  # what a checkpointed part keeps is its inputs; to read more of it would run it again
+        self.checkpointed = False  # what a checkpointed part keeps is its inputs
 
     def pack(self, tensor: torch.Tensor) -> _Token:
         storage = self.ledger.index_of(tensor)
@@ -157,9 +156,6 @@ class _Keeper:
         return token
 
     def unpack(self, token: _Token) -> torch.Tensor:
-        if self.naming is not None:
-            name = self.naming.pop(0) if len(self.naming) > 1 else self.naming[0]
-            token.operand = token.operand or name
         return token.tensor
 
     def label(self, values: Iterable[torch.Tensor], node: str) -> None:
@@ -170,10 +166,11 @@ class _Keeper:
             if function is None or NODE in function.metadata:
                 continue
             function.metadata[NODE] = node
-            for attribute, name in () if self.checkpointed else self._saved_attributes(function).items():
-                self.naming = _operand_names(function, name)
-                getattr(function, attribute)
-            self.naming = None
+            for attribute, saved in self._saved_attributes(function).items():
+                tokens = [token for token in packed_by_hooks(function, attribute) if isinstance(token, _Token)]
+                names = _operand_names(function, saved)
+                for index, token in enumerate(tokens):
+                    token.operand = token.operand or names[min(index, len(names) - 1)]
             stack += [f for f, _ in function.next_functions if f is not None and type(f).__name__ != "AccumulateGrad"]
 
     def _saved_attributes(self, function: Any) -> dict[str, str]:

@@ -932,8 +932,16 @@ def current_autograd_node() -> Any:
 
 
 def saved_attributes(function: Any) -> dict[str, str]:
-    """The attributes of an autograd node that read what it keeps -> what to call that."""
-    return {a: a.removeprefix("_saved_") for a in dir(function) if a.startswith("_saved_") or a == "saved_tensors"}
+    """The attributes of an autograd node that hold what it keeps, packed -> what to call that."""
+    names = dir(function)
+    found = {name: name.removeprefix("_raw_saved_") for name in names if name.startswith("_raw_saved_")}
+    return found | {"_raw_saved_tensors": "saved_tensors"} if "saved_tensors" in names else found
+
+
+def packed_by_hooks(function: Any, attribute: str) -> list[Any]:
+    """What an attribute of an autograd node holds, as saved-tensor hooks packed it."""
+    saved = getattr(function, attribute)
+    return [s.data for s in (saved if isinstance(saved, tuple) else (saved,))]
 
 
 def operator_of_backward(name: str) -> str | None:

@@ -149,8 +149,7 @@ class Ledger(TorchDispatchMode):
         if lines is not None:  # run the op's own lines, so that their temporaries are seen
             with self:
                 return lines(*args, **(kwargs or {}))
-        run = torch_internals.FASTER_ON_FAKE.get(func, func)
-        result = self.device.results(func, run(*args, **(kwargs or {})))
+        result = self.device.results(func, torch_internals.run_on_fake(func, args, kwargs or {}))
         for tensor in tensors_in(result):
             self.index_of(tensor)
         scratch = self.device.scratch(func, args, result)

@@ -200,7 +200,7 @@ class _Recorder(TorchDispatchMode):
             )
         if self.refusal is not None:  # again, if the model caught it
             raise self.refusal
-        result = torch_internals.FASTER_ON_FAKE.get(func, func)(*args, **kwargs)
+        result = torch_internals.run_on_fake(func, args, kwargs)
         acts = operator.draws or operator.writes
         number = len(self.calls)
         reads, constants = _tensors_and_constants((*args, *kwargs.values()))

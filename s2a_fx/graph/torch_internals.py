@@ -193,11 +193,46 @@ def shadow_of(fake: torch.Tensor) -> torch.Tensor:
 
     A tensor that is not fake is a constant, and returned as it is.
     """
-    if not isinstance(fake, FakeTensor):
-        return fake
+    return _view_of_fake(torch.Tensor.detach, fake) if isinstance(fake, FakeTensor) else fake
+
+
+def run_on_fake(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What `func(*args, **kwargs)` returns, sooner where it is a view of a fake tensor, as most calls of a transformer are.
+
+    For each call, a fake tensor looks in a cache by the metadata of all operands, which takes longer than the kernel that computes
+    shape and strides; an `_unsafe_view`, which does what a view does, it decomposes.
+    """
+    func = torch.ops.aten.view.default if func is torch.ops.aten._unsafe_view.default else func
+    if func in _VIEWS and not kwargs and isinstance(args[0], FakeTensor) and args[0].constant is None:
+        return _view_of_fake(func, *args)
+    return func(*args, **kwargs)
+
+
+def _view_of_fake(view: Callable[..., Any], fake: FakeTensor, *arguments: Any) -> Any:
+    """A view, or a list of views."""
     with in_kernel_invocation_manager(fake.fake_mode):
-        meta = fake.detach()
-    return FakeTensor(fake.fake_mode, meta, fake.fake_device)
+        meta = view(fake, *arguments)
+    if isinstance(meta, torch.Tensor):
+        return FakeTensor(fake.fake_mode, meta, fake.fake_device)
+    return [FakeTensor(fake.fake_mode, one, fake.fake_device) for one in meta]
+
+
+_VIEWS = frozenset(
+    {
+        torch.ops.aten.alias.default,
+        torch.ops.aten.detach.default,
+        torch.ops.aten.expand.default,
+        torch.ops.aten.permute.default,
+        torch.ops.aten.select.int,
+        torch.ops.aten.slice.Tensor,
+        torch.ops.aten.split.Tensor,
+        torch.ops.aten.t.default,
+        torch.ops.aten.transpose.int,
+        torch.ops.aten.unbind.int,
+        torch.ops.aten.unsqueeze.default,
+        torch.ops.aten.view.default,
+    }
+)
 
 
 FAKE_DEVICE = torch.device("cpu")
@@ -205,9 +240,6 @@ FAKE_DEVICE = torch.device("cpu")
 
 ASKS_DEVICE = torch.ops.prim.device.default
 """What autograd asks of each result, in two of three calls that a mode sees; `tensor.device` answers at once."""
-
-FASTER_ON_FAKE = {torch.ops.aten._unsafe_view.default: torch.ops.aten.view.default}
-"""What does the same on all tensors; fake ones decompose an `_unsafe_view` anew at each call, in three times a view's time."""
 
 READS_VALUE = (DataDependentOutputException, DynamicOutputShapeException)
 """Raised where a fake tensor is asked for its value, or for a shape that depends on it."""

@@ -1,4 +1,4 @@
-"""Private names of torch stand in one file."""
+"""Private names of torch stand in one file, and what stands in for torch's own does the same."""
 
 import ast
 from collections.abc import Iterator
@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from torch import fx, nn
+
+from s2a_fx.graph.fake import fake_mode, fake_tensor
+from s2a_fx.graph.torch_internals import run_on_fake, storage_key
 
 ROOT = Path(__file__).parents[2]
 HOME = ROOT / "s2a_fx" / "graph" / "torch_internals.py"
@@ -47,7 +50,8 @@ def is_own(attribute: ast.Attribute) -> bool:
 
 def names_private(text: str) -> bool:
     """Whether a string is a private name, to be read by `getattr` or imported."""
-    return text.startswith(("torch._", "_saved_")) or (text.isidentifier() and is_private(text) and text in TAKEN | ATTRIBUTES)
+    prefixes = ("torch._", "_saved_", "_raw_saved_")
+    return text.startswith(prefixes) or (text.isidentifier() and is_private(text) and text in TAKEN | ATTRIBUTES)
 
 
 def foreign_names(tree: ast.AST) -> Iterator[str]:
@@ -84,3 +88,53 @@ def test_no_other_file_reads_a_private_name_of_torch(path):
 )
 def test_private_names_are_seen(line):
     assert list(foreign_names(ast.parse(line)))
+
+
+def described(tensors):
+    return [(t.shape, t.stride(), t.storage_offset(), t.dtype, t.device, storage_key(t)) for t in tensors]
+
+
+@pytest.mark.parametrize(
+    ("operator", "arguments"),
+    [
+        (torch.ops.aten.alias.default, ()),
+        (torch.ops.aten.detach.default, ()),
+        (torch.ops.aten.expand.default, ([4, 2, 3, 6],)),
+        (torch.ops.aten.permute.default, ([2, 0, 1],)),
+        (torch.ops.aten.select.int, (1, -1)),
+        (torch.ops.aten.slice.Tensor, (2, 1, 6, 2)),
+        (torch.ops.aten.split.Tensor, (4, 2)),
+        (torch.ops.aten.transpose.int, (0, 2)),
+        (torch.ops.aten.unbind.int, (1,)),
+        (torch.ops.aten.unsqueeze.default, (-1,)),
+        (torch.ops.aten.view.default, ([3, -1],)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64], ids=str)
+def test_views_of_fake_tensors_are_torchs_own(operator, arguments, dtype):
+    with fake_mode() as mode:
+        x = fake_tensor(torch.empty(2, 3, 6, dtype=dtype), mode)
+        wanted, given = operator(x, *arguments), run_on_fake(operator, (x, *arguments), {})
+        assert type(given) is type(wanted)
+        if isinstance(wanted, torch.Tensor):
+            wanted, given = [wanted], [given]
+        assert described(given) == described(wanted)
+
+
+def test_views_of_fake_tensors_that_do_not_fit_are_refused():
+    with fake_mode() as mode:
+        x = fake_tensor(torch.empty(2, 3).t(), mode)
+        with pytest.raises(RuntimeError, match="view size is not compatible"):
+            run_on_fake(torch.ops.aten.view.default, (x, [6]), {})
+
+
+def test_an_unsafe_view_is_a_view_in_the_same_storage():
+    with fake_mode() as mode:
+        x = fake_tensor(torch.empty(2, 3, 6), mode)
+        assert storage_key(run_on_fake(torch.ops.aten._unsafe_view.default, (x, [6, 6]), {})) == storage_key(x)
+
+
+def test_views_of_real_tensors_are_real():
+    x = torch.randn(2, 3)
+    assert torch.equal(run_on_fake(torch.ops.aten.t.default, (x,), {}), x.t())

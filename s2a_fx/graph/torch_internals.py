@@ -197,19 +197,19 @@ def shadow_of(fake: torch.Tensor) -> torch.Tensor:
 
 
 def run_on_fake(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What `func(*args, **kwargs)` returns, sooner where it is a view of a fake tensor, as most calls of a transformer are.
+    """What `func(*args, **kwargs)` returns, sooner where it is a view of a strided fake tensor, as most calls of a transformer are.
 
-    For each call, a fake tensor looks in a cache by the metadata of all operands, which takes longer than the kernel that computes
-    shape and strides; an `_unsafe_view`, which does what a view does, it decomposes.
+    A fake tensor looks its result up in a cache keyed by the metadata of all operands, which takes longer than the kernel that
+    computes shape and strides. It decomposes `_unsafe_view`, which does what `view` does.
     """
     func = torch.ops.aten.view.default if func is torch.ops.aten._unsafe_view.default else func
-    if func in _VIEWS and not kwargs and isinstance(args[0], FakeTensor) and args[0].constant is None:
+    if func in VIEWS and not kwargs and isinstance(args[0], FakeTensor) and args[0].constant is None:
         return _view_of_fake(func, *args)
     return func(*args, **kwargs)
 
 
 def _view_of_fake(view: Callable[..., Any], fake: FakeTensor, *arguments: Any) -> Any:
-    """A view, or a list of views."""
+    """A view, or a list of views, of a fake tensor whose value is not known (`constant`)."""
     with in_kernel_invocation_manager(fake.fake_mode):
         meta = view(fake, *arguments)
     if isinstance(meta, torch.Tensor):
@@ -217,7 +217,7 @@ def _view_of_fake(view: Callable[..., Any], fake: FakeTensor, *arguments: Any) -
     return [FakeTensor(fake.fake_mode, one, fake.fake_device) for one in meta]
 
 
-_VIEWS = frozenset(
+VIEWS = frozenset(
     {
         torch.ops.aten.alias.default,
         torch.ops.aten.detach.default,
@@ -964,7 +964,7 @@ def current_autograd_node() -> Any:
 
 
 def saved_attributes(function: Any) -> dict[str, str]:
-    """The attributes of an autograd node that hold what it keeps, packed -> what to call that."""
+    """The attributes of an autograd node that hold what it keeps, as packed by hooks -> what to call it."""
     names = dir(function)
     found = {name: name.removeprefix("_raw_saved_") for name in names if name.startswith("_raw_saved_")}
     return found | {"_raw_saved_tensors": "saved_tensors"} if "saved_tensors" in names else found

@@ -6,7 +6,9 @@ import pytest
 import torch
 from slow import fast
 from small_models import SMALL, small_model
+from timm.layers import register_notrace_module
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import s2a_fx
 from s2a_fx.analysis import simulation
@@ -72,3 +74,22 @@ def test_a_frozen_model_has_a_forward_and_no_backward():
 def test_a_loss_that_is_no_number_is_refused(vit):
     with pytest.raises(s2a_fx.InputError, match=r"loss: got a tensor of shape \(2, 5\)"):
         s2a_fx.analyze(*vit, loss=lambda y: y)
+
+
+class CheckpointedInside(nn.Module):
+    """One node of a graph, which checkpoints a part of itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return checkpoint(lambda y: y.sigmoid().exp(), self.layer(x), use_reentrant=False)
+
+
+def test_what_a_module_checkpoints_by_itself_is_not_computed_again_in_the_forward():
+    register_notrace_module(CheckpointedInside)
+    gm = s2a_fx.trace(nn.Sequential(CheckpointedInside(), nn.Linear(8, 4)), torch.randn(2, 8))
+    made = [(event.place.phase, event.place.op) for event in simulate(gm).events if event.bytes > 0]
+    assert made.count(("forward", "sigmoid")) == 1
+    assert made.count(("backward", "sigmoid")) == 1

@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 
 from s2a_fx.graph.fake import fake_mode, fake_tensor
-from s2a_fx.graph.torch_internals import run_on_fake, storage_key
+from s2a_fx.graph.torch_internals import VIEWS, FakeTensorMode, run_on_fake, storage_key
 
 ROOT = Path(__file__).parents[2]
 HOME = ROOT / "s2a_fx" / "graph" / "torch_internals.py"
@@ -91,35 +91,57 @@ def test_private_names_are_seen(line):
 
 
 def described(tensors):
-    return [(t.shape, t.stride(), t.storage_offset(), t.dtype, t.device, storage_key(t)) for t in tensors]
+    return [(t.shape, t.stride(), t.storage_offset(), t.dtype, t.device, t.is_conj(), storage_key(t)) for t in tensors]
 
 
-@pytest.mark.parametrize(
-    ("operator", "arguments"),
-    [
-        (torch.ops.aten.alias.default, ()),
-        (torch.ops.aten.detach.default, ()),
-        (torch.ops.aten.expand.default, ([4, 2, 3, 6],)),
-        (torch.ops.aten.permute.default, ([2, 0, 1],)),
-        (torch.ops.aten.select.int, (1, -1)),
-        (torch.ops.aten.slice.Tensor, (2, 1, 6, 2)),
-        (torch.ops.aten.split.Tensor, (4, 2)),
-        (torch.ops.aten.transpose.int, (0, 2)),
-        (torch.ops.aten.unbind.int, (1,)),
-        (torch.ops.aten.unsqueeze.default, (-1,)),
-        (torch.ops.aten.view.default, ([3, -1],)),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64], ids=str)
-def test_views_of_fake_tensors_are_torchs_own(operator, arguments, dtype):
+CASES = {
+    torch.ops.aten.alias.default: (),
+    torch.ops.aten.detach.default: (),
+    torch.ops.aten.expand.default: ([4, 3, 6],),
+    torch.ops.aten.permute.default: ([1, 0],),
+    torch.ops.aten.select.int: (1, -1),
+    torch.ops.aten.slice.Tensor: (1, 1, 6, 2),
+    torch.ops.aten.split.Tensor: (4, 1),
+    torch.ops.aten.t.default: (),
+    torch.ops.aten.transpose.int: (0, 1),
+    torch.ops.aten.unbind.int: (1,),
+    torch.ops.aten.unsqueeze.default: (-1,),
+    torch.ops.aten.view.default: ([3, -1, 2],),
+}
+
+
+def refuse(*_):
+    raise AssertionError("looks in the cache")
+
+
+def test_each_view_has_a_case():
+    assert set(CASES) == VIEWS
+
+
+@pytest.mark.parametrize("operator", CASES, ids=str)
+@pytest.mark.parametrize("conjugate", [False, True])
+def test_views_of_fake_tensors_are_torchs_own(operator, conjugate, monkeypatch):
     with fake_mode() as mode:
-        x = fake_tensor(torch.empty(2, 3, 6, dtype=dtype), mode)
-        wanted, given = operator(x, *arguments), run_on_fake(operator, (x, *arguments), {})
+        x = fake_tensor(torch.empty(3, 6, dtype=torch.complex64), mode)
+        x = x.conj() if conjugate else x
+        wanted = operator(x, *CASES[operator])
+        monkeypatch.setattr(FakeTensorMode, "dispatch", refuse)
+        given = run_on_fake(operator, (x, *CASES[operator]), {})
+        monkeypatch.undo()
         assert type(given) is type(wanted)
         if isinstance(wanted, torch.Tensor):
             wanted, given = [wanted], [given]
         assert described(given) == described(wanted)
+
+
+def test_an_unsafe_view_is_a_view(monkeypatch):
+    with fake_mode() as mode:
+        x = fake_tensor(torch.empty(3, 6), mode)
+        wanted = x.view(6, 3)
+        monkeypatch.setattr(FakeTensorMode, "dispatch", refuse)
+        given = run_on_fake(torch.ops.aten._unsafe_view.default, (x, [6, 3]), {})
+        monkeypatch.undo()
+        assert described([given]) == described([wanted])
 
 
 def test_views_of_fake_tensors_that_do_not_fit_are_refused():
@@ -129,10 +151,9 @@ def test_views_of_fake_tensors_that_do_not_fit_are_refused():
             run_on_fake(torch.ops.aten.view.default, (x, [6]), {})
 
 
-def test_an_unsafe_view_is_a_view_in_the_same_storage():
-    with fake_mode() as mode:
-        x = fake_tensor(torch.empty(2, 3, 6), mode)
-        assert storage_key(run_on_fake(torch.ops.aten._unsafe_view.default, (x, [6, 6]), {})) == storage_key(x)
+def test_a_view_of_a_fake_tensor_of_known_value_knows_it():
+    with fake_mode():
+        assert run_on_fake(torch.ops.aten.view.default, (torch.tensor(3.0), [1]), {}).item() == 3
 
 
 def test_views_of_real_tensors_are_real():
